@@ -1,0 +1,16 @@
+"""What can be configured, and how it is read."""
+
+from vmamba_dist.config.load import digest, find_config, from_dict, load, to_dict, to_yaml, trajectory
+from vmamba_dist.config.schema import Config, ConfigError
+
+__all__ = [
+    "Config",
+    "ConfigError",
+    "digest",
+    "find_config",
+    "from_dict",
+    "load",
+    "to_dict",
+    "to_yaml",
+    "trajectory",
+]

@@ -1,0 +1,160 @@
+"""From YAML files and key=value words to a checked `Config`; nothing unknown is let through.
+
+Law: defaults < YAML < dotlist, and what is written back (`to_yaml`) loads to the same Config.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from vmamba_dist.config.schema import Config, ConfigError
+
+_PACKAGE = Path(__file__).resolve().parent.parent
+
+
+def find_config(name: str) -> Path:
+    """Find a config file: as a path, then in the checkout's configs/, then in the installed package's.
+
+    Raises ConfigError listing what there is.
+    """
+    folders = [_PACKAGE.parent / "configs", _PACKAGE / "configs"]
+    relative = name.removeprefix("configs/")
+    candidates = [Path(name), *(folder / relative for folder in folders)]
+    for path in candidates:
+        if path.is_file():
+            return path
+    known = sorted({str(f.relative_to(d)) for d in folders if d.is_dir() for f in d.rglob("*.yaml")})
+    raise ConfigError(f"config={name}: no such file; shipped configs: {', '.join(known) or 'none'}")
+
+
+def load(args: Sequence[str]) -> Config:
+    """Build the Config for words like `config=configs/quickstart.yaml optim.lr=1e-3`.
+
+    Raises ConfigError naming the key, the value and the fix.
+    """
+    merged = OmegaConf.create({})
+    words: list[str] = []
+    try:
+        for word in args:
+            key, equals, value = word.partition("=")
+            if not equals or not key:
+                raise ConfigError(f"{word!r} is not key=value; write for example optim.lr=1e-3")
+            if key == "config":
+                merged = OmegaConf.merge(merged, OmegaConf.load(find_config(value)))
+            else:
+                words.append(word)
+        merged = OmegaConf.merge(merged, OmegaConf.from_dotlist(words))
+        plain = OmegaConf.to_container(merged, resolve=True)
+    except (OmegaConfBaseException, YAMLError) as error:
+        raise ConfigError(f"the config cannot be read: {error}") from error
+    if not isinstance(plain, dict):
+        raise ConfigError(
+            f"the config is a {type(plain).__name__}; write groups of keys, as in configs/quickstart.yaml"
+        )
+    return from_dict({str(k): v for k, v in plain.items()})
+
+
+def from_dict(values: Mapping[str, Any]) -> Config:
+    """Build a Config from nested plain values; unknown keys are errors that name the nearest known one."""
+    config = _build(Config, values, "")
+    assert isinstance(config, Config)
+    return config
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Nested plain values (tuples as lists), fit for JSON and YAML."""
+    plain = json.loads(json.dumps(dataclasses.asdict(config)))
+    assert isinstance(plain, dict)
+    return plain
+
+
+def to_yaml(config: Config) -> str:
+    return OmegaConf.to_yaml(OmegaConf.create(to_dict(config)))
+
+
+def trajectory(config: Config) -> dict[str, Any]:
+    """The flat keys and values that decide what training computes; a resume must match them."""
+    flat: dict[str, Any] = {}
+    plain = to_dict(config)
+    for group in dataclasses.fields(config):
+        part = getattr(config, group.name)
+        for item in dataclasses.fields(part):
+            if item.metadata.get("trajectory", True):
+                flat[f"{group.name}.{item.name}"] = plain[group.name][item.name]
+    return flat
+
+
+def digest(values: Mapping[str, Any]) -> str:
+    """A short stable fingerprint of plain values."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _known_keys() -> list[str]:
+    hints = typing.get_type_hints(Config)
+    return [f"{group}.{item.name}" for group, part in hints.items() for item in dataclasses.fields(part)]
+
+
+def _build(cls: type[Any], values: Any, prefix: str) -> Any:
+    if not isinstance(values, Mapping):
+        raise ConfigError(
+            f"{prefix.rstrip('.')}={values!r}: this is a group; set its keys, for example {_example(prefix)}"
+        )
+    hints = typing.get_type_hints(cls)
+    for key in values:
+        if key not in hints:
+            full = f"{prefix}{key}"
+            candidates = _known_keys() if prefix else [*hints, *_known_keys()]
+            near = difflib.get_close_matches(full, candidates, n=1, cutoff=0.4)
+            hint = f"; did you mean {near[0]}?" if near else f"; keys here: {', '.join(hints)}"
+            raise ConfigError(f"{full}={values[key]!r}: unknown key{hint}")
+    arguments = {}
+    for key, value in values.items():
+        hint = hints[key]
+        if dataclasses.is_dataclass(hint):
+            arguments[key] = _build(typing.cast("type[Any]", hint), value, f"{prefix}{key}.")
+        else:
+            arguments[key] = _convert(f"{prefix}{key}", value, hint)
+    return cls(**arguments)
+
+
+def _example(prefix: str) -> str:
+    return next((k for k in _known_keys() if k.startswith(prefix)), "group.key=value")
+
+
+def _convert(key: str, value: Any, hint: Any) -> Any:
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        if value is False and "off" in inner:
+            value = "off"  # YAML 1.1 reads a bare off as false
+        if value not in inner:
+            raise ConfigError(f"{key}={value!r}: choose one of {', '.join(map(str, inner))}")
+        return value
+    if origin in (types.UnionType, typing.Union):
+        if value is None:
+            return None
+        return _convert(key, value, next(t for t in inner if t is not type(None)))
+    if origin is tuple:
+        if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != len(inner):
+            raise ConfigError(f"{key}={value!r}: give a list of {len(inner)} numbers, for example {key}=[…]")
+        return tuple(_convert(f"{key}[{i}]", v, t) for i, (v, t) in enumerate(zip(value, inner, strict=True)))
+    if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+        if value != value or value in (float("inf"), float("-inf")):
+            raise ConfigError(f"{key}={value!r}: give a finite number")
+        return float(value)
+    if hint is str and isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value)
+    if type(value) is not hint:
+        raise ConfigError(f"{key}={value!r}: expected {hint.__name__}, got {type(value).__name__}")
+    return value

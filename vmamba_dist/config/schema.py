@@ -1,0 +1,368 @@
+"""What can be configured: frozen dataclasses, one a component, every default with its reason.
+
+Law: a value is checked here or in the component that owns it, never in the loop. Fields marked `replace`
+do not change what training computes, so a resume may change them; every other field is part of the
+trajectory and of the config digest. No torch in this package: `vmamba --help` must stay light.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+class ConfigError(ValueError):
+    """A user's mistake in a config: the message names the key, the value and the fix."""
+
+
+def replaceable(default: Any) -> Any:
+    """Mark a field that does not change the trajectory: a resume may give it another value."""
+    return field(default=default, metadata={"trajectory": False})
+
+
+def _require(ok: bool, key: str, value: object, fix: str) -> None:
+    if not ok:
+        raise ConfigError(f"{key}={value!r}: {fix}")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where a run lives and how it starts."""
+
+    dir: str = replaceable("runs/default")  # everything a run writes is below it
+    seed: int = 0  # all randomness derives from it
+    resume: str = replaceable(
+        "auto"
+    )  # auto: newest whole checkpoint here | never: refuse if one is here | PATH
+    allow_changes: bool = replaceable(False)  # go on although the trajectory's config differs
+    max_steps: int | None = replaceable(None)  # stop after this step, with an evaluation and a checkpoint
+
+    def __post_init__(self) -> None:
+        _require(self.dir != "", "run.dir", self.dir, "give a folder")
+        _require(0 <= self.seed < 2**31, "run.seed", self.seed, "use 0 … 2147483647")
+        _require(self.resume != "", "run.resume", self.resume, "use auto, never, or a checkpoint's path")
+        _require(
+            self.max_steps is None or self.max_steps >= 1,
+            "run.max_steps",
+            self.max_steps,
+            "use 1 or more, or null",
+        )
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which backbone. Names are those of `vmamba_dist.models.list_models()`."""
+
+    name: str = "vmamba_tiny_s1l8"
+    num_classes: int | None = None  # null: what the shards' index says
+    drop_path: float | None = None  # rate of the last block; null: the variant's own
+    scan_pattern: Literal["cross2d", "unidi", "bidi", "cascade"] = "cross2d"
+    scan_backend: Literal["auto", "triton", "torch"] = replaceable(
+        "auto"
+    )  # auto: the fastest one for the device
+
+    def __post_init__(self) -> None:
+        _require(
+            self.num_classes is None or self.num_classes >= 2,
+            "model.num_classes",
+            self.num_classes,
+            "use 2 or more",
+        )
+        _require(
+            self.drop_path is None or 0 <= self.drop_path < 1,
+            "model.drop_path",
+            self.drop_path,
+            "use 0 … below 1",
+        )
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which samples, in what order, read by whom."""
+
+    train: str = replaceable(
+        ""
+    )  # folder of shards with _info.json; its content, not its path, is in the digest
+    split: str = "train"  # which split of that index
+    image_size: int = 224  # px, square, a multiple of 4
+    global_batch: int = 1024  # samples an update, over all ranks (the paper's)
+    workers: int = replaceable(4)  # reader processes a rank; 0 reads in the training process
+    prefetch: int = replaceable(2)  # micro-batches a worker reads ahead
+    block: int = 16  # samples shuffled together within a lane
+    lanes: int | None = None  # null: chosen once a run by the rule of order.choose_lanes, then fixed
+    shuffle_gib: float = 4.0  # GiB over the whole job that open shuffle blocks may take; bounds lanes
+    max_bad_fraction: float = 0.001  # of samples seen; beyond it the run stops
+
+    def __post_init__(self) -> None:
+        _require(
+            self.image_size >= 4 and self.image_size % 4 == 0,
+            "data.image_size",
+            self.image_size,
+            "use a multiple of 4 px (the patch)",
+        )
+        _require(
+            self.global_batch >= 2 and self.global_batch % 2 == 0,
+            "data.global_batch",
+            self.global_batch,
+            "use an even number: samples are mixed in pairs",
+        )
+        _require(0 <= self.workers <= 256, "data.workers", self.workers, "use 0 … 256")
+        _require(self.prefetch >= 1, "data.prefetch", self.prefetch, "use 1 or more")
+        _require(self.block >= 1, "data.block", self.block, "use 1 or more")
+        _require(
+            self.lanes is None or (self.lanes >= 2 and self.lanes % 2 == 0),
+            "data.lanes",
+            self.lanes,
+            "use an even number, or null",
+        )
+        _require(self.shuffle_gib > 0, "data.shuffle_gib", self.shuffle_gib, "use more than 0 GiB")
+        _require(
+            0 <= self.max_bad_fraction < 1, "data.max_bad_fraction", self.max_bad_fraction, "use 0 … below 1"
+        )
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    """What happens to a training image. Defaults are the paper's ImageNet recipe (VMamba, appendix; Swin's)."""
+
+    crop: bool = True  # random resized crop; false resizes the whole image
+    crop_scale: tuple[float, float] = (0.08, 1.0)  # share of the image's area
+    crop_ratio: tuple[float, float] = (0.75, 1.3333333333333333)  # width over height
+    hflip: float = 0.5  # probability
+    rotate_deg: float = 0.0  # ± degrees
+    shift: float = 0.0  # ± share of the image's side
+    zoom: float = 0.0  # scale in 1 ± zoom
+    randaugment_ops: int = 2  # operations an image; 0 is off
+    randaugment_magnitude: float = 9.0  # 0 … 10, timm's scale
+    randaugment_std: float = 0.5  # of the magnitude, normal, drawn per image
+    color_jitter: float = (
+        0.0  # brightness, contrast, saturation; the recipe's .4 is inactive under RandAugment
+    )
+    erasing: float = 0.25  # probability of one random box of normal noise
+    mixup: float = 0.8  # Beta's alpha; 0 is off
+    cutmix: float = 1.0  # Beta's alpha; 0 is off
+    switch: float = 0.5  # probability of cutmix where both are on
+    mix_prob: float = 1.0  # probability that a step is mixed
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # of pixels in 0 … 1, ImageNet
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    interpolation: Literal["bicubic", "bilinear", "nearest"] = "bicubic"
+
+    def __post_init__(self) -> None:
+        for name in ("hflip", "erasing", "switch", "mix_prob"):
+            value = getattr(self, name)
+            _require(0 <= value <= 1, f"augment.{name}", value, "a probability: use 0 … 1")
+        for name in ("rotate_deg", "shift", "zoom", "color_jitter", "mixup", "cutmix", "randaugment_std"):
+            value = getattr(self, name)
+            _require(value >= 0, f"augment.{name}", value, "use 0 or more")
+        _require(self.zoom < 1, "augment.zoom", self.zoom, "use less than 1")
+        _require(self.shift <= 1, "augment.shift", self.shift, "use 0 … 1")
+        low, high = self.crop_scale
+        _require(0 < low <= high <= 1, "augment.crop_scale", self.crop_scale, "use 0 < low ≤ high ≤ 1")
+        low, high = self.crop_ratio
+        _require(0 < low <= high, "augment.crop_ratio", self.crop_ratio, "use 0 < low ≤ high")
+        _require(0 <= self.randaugment_ops <= 8, "augment.randaugment_ops", self.randaugment_ops, "use 0 … 8")
+        _require(
+            0 <= self.randaugment_magnitude <= 10,
+            "augment.randaugment_magnitude",
+            self.randaugment_magnitude,
+            "use 0 … 10",
+        )
+        _require(all(s > 0 for s in self.std), "augment.std", self.std, "use numbers above 0")
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """A way of learning."""
+
+    name: Literal["classify"] = "classify"
+    label_smoothing: float = 0.1
+
+    def __post_init__(self) -> None:
+        _require(
+            0 <= self.label_smoothing < 1,
+            "objective.label_smoothing",
+            self.label_smoothing,
+            "use 0 … below 1",
+        )
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW. lr and its floor scale linearly with the global batch over `lr_batch`."""
+
+    lr: float = 5e-4  # peak, at lr_batch samples an update
+    lr_batch: int = 512  # the lr above belongs to this batch; 0: lr is taken as it is
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.05
+    decay: Literal["ssm_exempt", "official"] = "ssm_exempt"  # official also decays A_logs and dt_projs_bias
+    clip: float = 5.0  # global gradient norm; 0 measures and does not clip
+
+    def __post_init__(self) -> None:
+        _require(self.lr > 0, "optim.lr", self.lr, "use more than 0")
+        _require(self.lr_batch >= 0, "optim.lr_batch", self.lr_batch, "use 0 or more")
+        _require(all(0 <= b < 1 for b in self.betas), "optim.betas", self.betas, "use 0 … below 1")
+        _require(self.eps > 0, "optim.eps", self.eps, "use more than 0")
+        _require(self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, "use 0 or more")
+        _require(self.clip >= 0, "optim.clip", self.clip, "use 0 or more")
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """Linear warm-up, then cosine; the clock is samples seen, so it holds for every batch and world size."""
+
+    epochs: int = 300
+    warmup: float = 20 / 300  # share of all samples
+    warmup_lr_ratio: float = 1e-3  # first lr over peak
+    min_lr_ratio: float = 1e-2  # last lr over peak
+
+    def __post_init__(self) -> None:
+        _require(self.epochs >= 1, "schedule.epochs", self.epochs, "use 1 or more")
+        _require(0 <= self.warmup < 1, "schedule.warmup", self.warmup, "a share: use 0 … below 1")
+        for name in ("warmup_lr_ratio", "min_lr_ratio"):
+            value = getattr(self, name)
+            _require(0 <= value <= 1, f"schedule.{name}", value, "use 0 … 1")
+
+
+@dataclass(frozen=True)
+class EmaConfig:
+    """Exponential moving average of the weights. With warm-up it is useful from the first epoch."""
+
+    enabled: bool = True
+    decay: float = 0.9999
+    warmup: bool = True  # decay_t = min(decay, (1 + t) / (10 + t))
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.decay < 1, "ema.decay", self.decay, "use 0 … below 1")
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How the work is spread. Nothing here changes what is computed, beyond rounding."""
+
+    engine: Literal["ddp"] = replaceable("ddp")  # one process runs without any wrapper
+    micro_batch: int | None = replaceable(None)  # most samples a rank holds at once; null: all of its share
+    recompute: Literal["off", "block"] = replaceable(
+        "off"
+    )  # block: activations are recomputed block by block
+    compile: Literal["off", "block"] = replaceable("off")  # torch.compile a block; slow to start on a CPU
+    timeout_s: float = replaceable(600.0)  # a collective that takes longer is a failure
+
+    def __post_init__(self) -> None:
+        _require(
+            self.micro_batch is None or (self.micro_batch >= 2 and self.micro_batch % 2 == 0),
+            "parallel.micro_batch",
+            self.micro_batch,
+            "use an even number (pairs stay together), or null",
+        )
+        _require(self.timeout_s > 0, "parallel.timeout_s", self.timeout_s, "use more than 0 s")
+
+
+@dataclass(frozen=True)
+class PrecisionConfig:
+    """Masters are always float32; the recurrence always computes in float32."""
+
+    compute: Literal["float32", "bfloat16"] = "bfloat16"  # autocast's dtype
+    device: Literal["auto", "cpu", "cuda"] = replaceable("auto")  # auto: cuda where there is one
+    threads: int = replaceable(0)  # of torch on a CPU, a process; 0: torch's own choice
+
+    def __post_init__(self) -> None:
+        _require(self.threads >= 0, "precision.threads", self.threads, "use 0 or more")
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When to save and what to keep."""
+
+    every_steps: int = replaceable(1000)
+    keep: int = replaceable(3)  # the newest ones
+    keep_every: int = replaceable(0)  # also each whose step is a multiple of this; 0: none
+    keep_best: bool = replaceable(True)  # also the best by eval.metric; a new best is saved at once
+
+    def __post_init__(self) -> None:
+        _require(self.every_steps >= 1, "checkpoint.every_steps", self.every_steps, "use 1 or more")
+        _require(
+            self.keep >= 2,
+            "checkpoint.keep",
+            self.keep,
+            "use 2 or more: a damaged newest one needs a predecessor",
+        )
+        _require(self.keep_every >= 0, "checkpoint.keep_every", self.keep_every, "use 0 or more")
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Evaluation during training, and `vmamba eval`."""
+
+    data: str = replaceable("")  # folder of shards; "": data.train's
+    split: str = replaceable("auto")  # auto: the first of val, validation, test that the index has
+    every_epochs: float = replaceable(1.0)  # 0: only at the end
+    batch: int = replaceable(128)  # samples a rank
+    crop: float = replaceable(
+        0.875
+    )  # share of the resized side that the centre crop keeps; 1 is the whole image
+    metric: str = replaceable("top1")  # what "best" means, on the weights named by `weights`
+    weights: Literal["ema", "raw"] = replaceable("ema")  # for "best" and `vmamba eval`; raw where EMA is off
+    patience: int = 0  # stop when `metric` has not improved for this many evaluations; 0: never
+    checkpoint: str = replaceable("")  # `vmamba eval`: a checkpoint or a run directory (its newest whole one)
+
+    def __post_init__(self) -> None:
+        _require(self.every_epochs >= 0, "eval.every_epochs", self.every_epochs, "use 0 or more")
+        _require(self.batch >= 1, "eval.batch", self.batch, "use 1 or more")
+        _require(0 < self.crop <= 1, "eval.crop", self.crop, "use above 0 … 1")
+        _require(self.patience >= 0, "eval.patience", self.patience, "use 0 or more")
+
+
+@dataclass(frozen=True)
+class TelemetryConfig:
+    """What a run says about itself."""
+
+    log_every_steps: int = replaceable(10)  # lines in train.log; metrics.jsonl has every step
+    tensorboard: bool = replaceable(True)
+    images: int = replaceable(8)  # augmented images shown in TensorBoard, once an attempt
+    peak_tflops: float = replaceable(0.0)  # of one device, for MFU; 0: from the table of known devices
+
+    def __post_init__(self) -> None:
+        _require(
+            self.log_every_steps >= 1, "telemetry.log_every_steps", self.log_every_steps, "use 1 or more"
+        )
+        _require(self.images >= 0, "telemetry.images", self.images, "use 0 or more")
+        _require(self.peak_tflops >= 0, "telemetry.peak_tflops", self.peak_tflops, "use 0 or more")
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    """Where `launch/submit.py` runs the job."""
+
+    cluster: Literal["auto", "local", "debug"] = replaceable("auto")  # debug: in this process
+    tasks: int = replaceable(1)  # processes on this machine
+    name: str = replaceable("vmamba")
+    follow: bool = replaceable(True)  # stay and show progress; false returns once the job runs
+    time_limit_min: int = replaceable(1440)
+
+    def __post_init__(self) -> None:
+        _require(1 <= self.tasks <= 1024, "launch.tasks", self.tasks, "use 1 … 1024")
+        _require(
+            self.time_limit_min >= 1, "launch.time_limit_min", self.time_limit_min, "use 1 or more minutes"
+        )
+        _require(self.name != "" and "/" not in self.name, "launch.name", self.name, "use a plain name")
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole run. A group's name is never also a value."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    ema: EmaConfig = field(default_factory=EmaConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
