@@ -1,0 +1,184 @@
+"""The selective scan as one custom op, so that compile, checkpointing and FLOP counters see the same thing.
+
+The op is functional and chooses its implementation here, once. It returns y and the states its adjoint needs.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from vmamba_kernels.backend import resolve_backend
+from vmamba_kernels.scan import fast
+
+
+def selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = True,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """Scan u (B, K*C, L) with delta (B, K*C, L), A (K*C, N), B and C (B, K, N, L), D and delta_bias (K*C) or None.
+
+    Returns y (B, K*C, L) in u's dtype; the state is float32 at least. softplus is linear above 20, as torch's.
+    Raises ValueError for shapes that do not fit, BackendError for a backend that cannot run here.
+    """
+    _check(u, delta, A, B, C, D, delta_bias)
+    chosen = resolve_backend(backend, u.device)
+    y, _ = _selective_scan(u, delta, A, B, C, D, delta_bias, delta_softplus, chosen)
+    return y
+
+
+def _check(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, delta_bias: Tensor | None
+) -> None:
+    if u.dim() != 3 or A.dim() != 2 or B.dim() != 4:
+        raise ValueError(
+            f"u must be (B, K*C, L), A (K*C, N), B (B, K, N, L); got {_shape(u)}, {_shape(A)}, {_shape(B)}"
+        )
+    batch, width, length = u.shape
+    groups, state = B.shape[1], A.shape[1]
+    if length < 1 or groups < 1 or state < 1 or width % groups:
+        raise ValueError(
+            f"u {_shape(u)} needs L >= 1 and its channels a multiple of the {groups} groups of B"
+        )
+    wanted = {
+        "delta": (delta, (batch, width, length)),
+        "A": (A, (width, state)),
+        "B": (B, (batch, groups, state, length)),
+        "C": (C, (batch, groups, state, length)),
+        "D": (D, (width,)),
+        "delta_bias": (delta_bias, (width,)),
+    }
+    for name, (tensor, shape) in wanted.items():
+        if tensor is not None and tensor.shape != shape:
+            raise ValueError(
+                f"{name} is {_shape(tensor)}; with u {_shape(u)} and B {_shape(B)} it must be {shape}"
+            )
+
+
+def _shape(t: Tensor) -> tuple[int, ...]:
+    return tuple(t.shape)
+
+
+@torch.library.custom_op("vmamba::selective_scan", mutates_args=())
+def _selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    assert backend == "torch", backend
+    return fast.forward(u, delta, A, B, C, D, delta_bias, delta_softplus)
+
+
+@_selective_scan.register_fake
+def _(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    groups = B.shape[1]
+    state = (A.shape[1], u.shape[0], groups, u.shape[1] // groups)
+    states = u.new_empty((fast.num_chunks(u, A), *state), dtype=fast.compute_dtype(u))
+    return u.new_empty(u.shape), states
+
+
+@torch.library.custom_op("vmamba::selective_scan_backward", mutates_args=())
+def _selective_scan_backward(
+    grad_y: Tensor,
+    states: Tensor,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    assert backend == "torch", backend
+    return fast.backward(grad_y, states, u, delta, A, B, C, D, delta_bias, delta_softplus)
+
+
+@_selective_scan_backward.register_fake
+def _(
+    grad_y: Tensor,
+    states: Tensor,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    inputs = (u, delta, A, B, C, D, delta_bias)
+    d = [u.new_empty(0) if t is None else t.new_empty(t.shape) for t in inputs]
+    return d[0], d[1], d[2], d[3], d[4], d[5], d[6]
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.delta_softplus, ctx.backend = inputs
+    ctx.save_for_backward(output[1], *tensors)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx: Any, grad_y: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    states, *tensors = ctx.saved_tensors
+    grads = _selective_scan_backward(grad_y, states, *tensors, ctx.delta_softplus, ctx.backend)
+    kept = (g if t is not None else None for g, t in zip(grads, tensors, strict=True))
+    return (*kept, None, None)
+
+
+_selective_scan.register_autograd(_backward, setup_context=_setup)
+
+
+def scan_flops(batch: int, width: int, length: int, state: int, with_D: bool) -> int:
+    """Return the forward's FLOPs: two a multiply-add of the published count 9*B*L*D*N + B*L*D."""
+    return 2 * batch * length * width * (9 * state + with_D)
+
+
+@register_flop_formula(torch.ops.vmamba.selective_scan)
+def _flops(
+    u: Any, delta: Any, A: Any, B: Any, C: Any, D: Any, *args: Any, out_shape: Any = None, **kwargs: Any
+) -> int:
+    return scan_flops(*u, A[1], D is not None)
+
+
+@register_flop_formula(torch.ops.vmamba.selective_scan_backward)
+def _backward_flops(
+    grad_y: Any,
+    states: Any,
+    u: Any,
+    delta: Any,
+    A: Any,
+    B: Any,
+    C: Any,
+    D: Any,
+    *args: Any,
+    out_shape: Any = None,
+    **kwargs: Any,
+) -> int:
+    return 2 * scan_flops(*u, A[1], D is not None)

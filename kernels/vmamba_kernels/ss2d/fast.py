@@ -1,0 +1,167 @@
+"""The four-direction scan on plain torch: all directions in one recurrence, gathered a chunk at a time.
+
+Tokens are brought to (L, B, C) once; a walk then copies whole rows of B*C numbers, so that no (B, 4C, L) tensor is
+made. The forward keeps the states between chunks, the backward recomputes the rest from them.
+"""
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from vmamba_kernels.scan.fast import compute_dtype
+from vmamba_kernels.scan.recurrence import chunk_backward, chunk_forward, chunk_length
+from vmamba_kernels.ss2d.order import scan_order
+
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+class _Walk(NamedTuple):
+    """One chunk of all four directions: steps, rows of x (4*T,) and rows of (4, L) stacked projections (4*T,)."""
+
+    steps: int
+    tokens: Tensor
+    projections: Tensor
+
+
+@lru_cache(maxsize=256)
+def _walks(pattern: str, height: int, width: int, chunk: int, device: torch.device) -> tuple[_Walk, ...]:
+    order = scan_order(pattern, height, width)
+    rows = order + torch.arange(4)[:, None] * order.shape[1]
+    walks = []
+    for start in range(0, order.shape[1], chunk):
+        part = slice(start, start + chunk)
+        tokens, projections = order[:, part], rows[:, part]
+        walks.append(_Walk(tokens.shape[1], tokens.flatten().to(device), projections.flatten().to(device)))
+    return tuple(walks)
+
+
+def num_chunks(x: Tensor, A: Tensor) -> int:
+    """Return how many chunks the fast path cuts the walks over x (B, H, W, C) into."""
+    batch, height, width, channels = x.shape
+    length = height * width
+    return -(-length // chunk_length(length, 4 * batch * channels * A.shape[1]))
+
+
+def _token_major(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """Copy (B, H, W, C) to (L, B*C)."""
+    return t.to(dtype).permute(1, 2, 0, 3).reshape(t.shape[1] * t.shape[2], -1)
+
+
+class _Operands:
+    """The inputs by rows: x (L, B*C), projections (4*L, B*P), and the small tensors as the recurrence wants them."""
+
+    def __init__(
+        self,
+        x: Tensor,
+        projected: Tensor,
+        dt_weight: Tensor,
+        dt_bias: Tensor,
+        A: Tensor,
+        D: Tensor,
+        pattern: str,
+    ) -> None:
+        dtype = compute_dtype(x)
+        self.batch, self.height, self.width, self.channels = x.shape
+        self.rank, self.state = dt_weight.shape[2], A.shape[1]
+        self.inner = self.rank + 2 * self.state
+        self.length = self.height * self.width
+        self.x = _token_major(x, dtype)
+        self.projected = (
+            projected.to(dtype)
+            .reshape(self.batch, self.length, 4, self.inner)
+            .permute(2, 1, 0, 3)
+            .reshape(4 * self.length, self.batch * self.inner)
+        )
+        self.weight = dt_weight.to(dtype)
+        self.bias = dt_bias.to(dtype).view(4, 1, self.channels)
+        self.A = A.to(dtype).t().reshape(self.state, 4, 1, self.channels).contiguous()
+        self.D = D.to(dtype).view(4, self.channels)
+        chunk = chunk_length(self.length, 4 * self.batch * self.channels * self.state)
+        self.walks = _walks(pattern, self.height, self.width, chunk, x.device)
+
+    def initial_state(self) -> Tensor:
+        return self.x.new_zeros(self.state, 4, self.batch, self.channels)
+
+    def tokens(self, rows: Tensor, walk: _Walk) -> Tensor:
+        """Gather (L, B*C) along a walk -> (T, 4, B, C), a view of direction-major rows."""
+        taken = rows.index_select(0, walk.tokens)
+        return taken.view(4, walk.steps, self.batch, self.channels).transpose(0, 1)
+
+    def chunk(self, walk: _Walk) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Return x, z (T, 4, B, C), B and C (T, N, 4, B, 1), and dt (4, T*B, R)."""
+        taken = self.projected.index_select(0, walk.projections)
+        p = taken.view(4, walk.steps, self.batch, self.inner)
+        dt, B, C = p.split([self.rank, self.state, self.state], dim=-1)
+        dt = dt.reshape(4, -1, self.rank)
+        z = torch.baddbmm(self.bias, dt, self.weight.transpose(1, 2))
+        z = z.view(4, walk.steps, self.batch, self.channels).transpose(0, 1)
+        B = B.permute(1, 3, 0, 2).unsqueeze(-1)
+        C = C.permute(1, 3, 0, 2).unsqueeze(-1)
+        return self.tokens(self.x, walk), z, B, C, dt
+
+    def image(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
+        """Copy (L, B*C) back to (B, H, W, C)."""
+        tokens = rows.view(self.height, self.width, self.batch, self.channels)
+        return tokens.permute(2, 0, 1, 3).to(dtype).contiguous()
+
+
+def forward(
+    x: Tensor, projected: Tensor, dt_weight: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor, pattern: str
+) -> tuple[Tensor, Tensor]:
+    """Return y (B, H, W, C) in x's dtype and the states before each chunk (chunks, N, 4, B, C)."""
+    op = _Operands(x, projected, dt_weight, dt_bias, A, D, pattern)
+    state = op.initial_state()
+    states = state.new_empty(len(op.walks), *state.shape)
+    y = (op.x.view(op.length, op.batch, op.channels) * op.D.sum(0)).view_as(op.x)
+    for i, walk in enumerate(op.walks):
+        states[i] = state
+        x_chunk, z, B, C, _ = op.chunk(walk)
+        y_chunk, state = chunk_forward(x_chunk, z, op.A, B, C, state, True)
+        y.index_add_(0, walk.tokens, y_chunk.transpose(0, 1).reshape(-1, y.shape[1]))
+    return op.image(y, x.dtype), states
+
+
+def backward(
+    grad_y: Tensor,
+    states: Tensor,
+    x: Tensor,
+    projected: Tensor,
+    dt_weight: Tensor,
+    dt_bias: Tensor,
+    A: Tensor,
+    D: Tensor,
+    pattern: str,
+) -> Gradients:
+    """Return the gradients of x, projected, dt_weight, dt_bias, A and D, each in its tensor's dtype."""
+    op = _Operands(x, projected, dt_weight, dt_bias, A, D, pattern)
+    g = _token_major(grad_y, op.x.dtype)
+    g_tokens = g.view(op.length, op.batch, op.channels)
+    d_x = (g_tokens * op.D.sum(0)).view_as(op.x)
+    d_D = (g_tokens * op.x.view_as(g_tokens)).sum((0, 1)).repeat(4)
+    d_projected = torch.empty_like(op.projected)
+    d_weight, d_bias, d_A = torch.zeros_like(op.weight), torch.zeros_like(op.bias), torch.zeros_like(op.A)
+    d_state = op.initial_state()
+    for i in reversed(range(len(op.walks))):
+        walk = op.walks[i]
+        x_chunk, z, B, C, dt = op.chunk(walk)
+        grads = chunk_backward(x_chunk, z, op.A, B, C, states[i], True, op.tokens(g, walk), d_state)
+        d_state = grads.state
+        d_A += grads.A
+        d_x.index_add_(0, walk.tokens, grads.x.transpose(0, 1).reshape(-1, d_x.shape[1]))
+        d_z = grads.z.transpose(0, 1).reshape(4, -1, op.channels)
+        d_bias += d_z.sum(1, keepdim=True)
+        d_weight += torch.bmm(d_z.transpose(1, 2), dt)
+        d_dt = torch.bmm(d_z, op.weight).view(4, walk.steps, op.batch, op.rank)
+        d_p = torch.cat([d_dt, grads.B.permute(2, 0, 3, 1), grads.C.permute(2, 0, 3, 1)], dim=-1)
+        d_projected.index_copy_(0, walk.projections, d_p.view(-1, d_projected.shape[1]))
+    d_projected = d_projected.view(4, op.length, op.batch, op.inner).permute(2, 1, 0, 3)
+    return (
+        op.image(d_x, x.dtype),
+        d_projected.reshape(projected.shape).to(projected.dtype),
+        d_weight.to(dt_weight.dtype),
+        d_bias.view(dt_bias.shape).to(dt_bias.dtype),
+        d_A.view(op.state, -1).t().to(A.dtype).contiguous(),
+        d_D.to(D.dtype),
+    )

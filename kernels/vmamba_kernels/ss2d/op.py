@@ -1,0 +1,168 @@
+"""The four-direction scan as one custom op, so that compile, checkpointing and FLOP counters see the same thing.
+
+The op is functional and chooses its implementation here, once. It returns y and the states its adjoint needs.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from vmamba_kernels.backend import resolve_backend
+from vmamba_kernels.scan.fast import compute_dtype
+from vmamba_kernels.scan.op import scan_flops
+from vmamba_kernels.ss2d import fast
+from vmamba_kernels.ss2d.order import PATTERNS
+
+
+def ss2d_scan(
+    x: Tensor,
+    projected: Tensor,
+    dt_weight: Tensor,
+    dt_bias: Tensor,
+    A: Tensor,
+    D: Tensor,
+    *,
+    pattern: str = "cross2d",
+    backend: str = "auto",
+) -> Tensor:
+    """Scan x (B, H, W, C) in four directions and add the outputs -> (B, H, W, C) in x's dtype.
+
+    projected (B, H, W, 4*(R+2N)) holds [dt R | B N | C N] of each direction for the un-permuted tokens; dt_weight is
+    (4, C, R), dt_bias (4, C), A (4*C, N) negative, D (4*C). The state is float32 at least.
+    Raises ValueError for shapes or a pattern that do not fit, BackendError for a backend that cannot run here.
+    """
+    _check(x, projected, dt_weight, dt_bias, A, D, pattern)
+    y, _ = _ss2d_scan(x, projected, dt_weight, dt_bias, A, D, pattern, resolve_backend(backend, x.device))
+    return y
+
+
+def _check(
+    x: Tensor, projected: Tensor, dt_weight: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor, pattern: str
+) -> None:
+    if pattern not in PATTERNS:
+        raise ValueError(f"pattern={pattern!r} is unknown; use one of {', '.join(PATTERNS)}")
+    if x.dim() != 4 or dt_weight.dim() != 3 or A.dim() != 2 or x.shape[1] * x.shape[2] < 1:
+        raise ValueError(
+            "x must be (B, H, W, C) with H*W >= 1, dt_weight (4, C, R), A (4*C, N); "
+            f"got {tuple(x.shape)}, {tuple(dt_weight.shape)}, {tuple(A.shape)}"
+        )
+    batch, height, width, channels = x.shape
+    rank, state = dt_weight.shape[2], A.shape[1]
+    wanted = {
+        "projected": (projected, (batch, height, width, 4 * (rank + 2 * state))),
+        "dt_weight": (dt_weight, (4, channels, rank)),
+        "dt_bias": (dt_bias, (4, channels)),
+        "A": (A, (4 * channels, state)),
+        "D": (D, (4 * channels,)),
+    }
+    for name, (tensor, shape) in wanted.items():
+        if tensor.shape != shape:
+            raise ValueError(
+                f"{name} is {tuple(tensor.shape)}; with x {tuple(x.shape)}, R={rank}, N={state} it must be {shape}"
+            )
+
+
+@torch.library.custom_op("vmamba::ss2d_scan", mutates_args=())
+def _ss2d_scan(
+    x: Tensor,
+    projected: Tensor,
+    dt_weight: Tensor,
+    dt_bias: Tensor,
+    A: Tensor,
+    D: Tensor,
+    pattern: str,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    assert backend == "torch", backend
+    return fast.forward(x, projected, dt_weight, dt_bias, A, D, pattern)
+
+
+@_ss2d_scan.register_fake
+def _(
+    x: Tensor,
+    projected: Tensor,
+    dt_weight: Tensor,
+    dt_bias: Tensor,
+    A: Tensor,
+    D: Tensor,
+    pattern: str,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    shape = (fast.num_chunks(x, A), A.shape[1], 4, x.shape[0], x.shape[3])
+    return x.new_empty(x.shape), x.new_empty(shape, dtype=compute_dtype(x))
+
+
+@torch.library.custom_op("vmamba::ss2d_scan_backward", mutates_args=())
+def _ss2d_scan_backward(
+    grad_y: Tensor,
+    states: Tensor,
+    x: Tensor,
+    projected: Tensor,
+    dt_weight: Tensor,
+    dt_bias: Tensor,
+    A: Tensor,
+    D: Tensor,
+    pattern: str,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    assert backend == "torch", backend
+    return fast.backward(grad_y, states, x, projected, dt_weight, dt_bias, A, D, pattern)
+
+
+@_ss2d_scan_backward.register_fake
+def _(
+    grad_y: Tensor,
+    states: Tensor,
+    x: Tensor,
+    projected: Tensor,
+    dt_weight: Tensor,
+    dt_bias: Tensor,
+    A: Tensor,
+    D: Tensor,
+    pattern: str,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    d = [t.new_empty(t.shape) for t in (x, projected, dt_weight, dt_bias, A, D)]
+    return d[0], d[1], d[2], d[3], d[4], d[5]
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.pattern, ctx.backend = inputs
+    ctx.save_for_backward(output[1], *tensors)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx: Any, grad_y: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    states, *tensors = ctx.saved_tensors
+    return (*_ss2d_scan_backward(grad_y, states, *tensors, ctx.pattern, ctx.backend), None, None)
+
+
+_ss2d_scan.register_autograd(_backward, setup_context=_setup)
+
+
+def ss2d_flops(batch: int, height: int, width: int, channels: int, rank: int, state: int) -> int:
+    """Return the forward's FLOPs: the dt projection and the four scans, two a multiply-add."""
+    length = height * width
+    return 2 * batch * length * 4 * channels * rank + scan_flops(batch, 4 * channels, length, state, True)
+
+
+@register_flop_formula(torch.ops.vmamba.ss2d_scan)
+def _flops(x: Any, projected: Any, dt_weight: Any, dt_bias: Any, A: Any, *args: Any, **kwargs: Any) -> int:
+    return ss2d_flops(*x, dt_weight[2], A[1])
+
+
+@register_flop_formula(torch.ops.vmamba.ss2d_scan_backward)
+def _backward_flops(
+    grad_y: Any,
+    states: Any,
+    x: Any,
+    projected: Any,
+    dt_weight: Any,
+    dt_bias: Any,
+    A: Any,
+    *args: Any,
+    **kwargs: Any,
+) -> int:
+    return 2 * ss2d_flops(*x, dt_weight[2], A[1])
