@@ -1,0 +1,109 @@
+"""The `vmamba` command: one table from verb to function; the work is done in the rooms.
+
+Law: nothing heavy is imported before the verb is known. A user's mistake is one line and exit code 2;
+anything else keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from vmamba_dist.cluster.mistakes import MISUSED, USER_ERRORS
+from vmamba_dist.config.schema import ConfigError
+
+
+@dataclass(frozen=True)
+class Verb:
+    """Where a verb's function lives (`module:function`, taking words and returning an exit code)."""
+
+    target: str
+    usage: str
+    summary: str
+    own_help: bool = False  # the function answers --help itself
+
+    def load(self) -> Callable[[Sequence[str]], int]:
+        module, _, name = self.target.partition(":")
+        function: Callable[[Sequence[str]], int] = getattr(importlib.import_module(module), name)
+        return function
+
+
+VERBS = {
+    "train": Verb(
+        "vmamba_dist.cluster.local:main",
+        "config=FILE [key=value …]",
+        "train on this machine, with launch.tasks processes",
+    ),
+    "submit": Verb(
+        "vmamba_dist.cluster.submit:main",
+        "config=FILE [key=value …] [--dry-run]",
+        "start the same run as a job and show its progress",
+    ),
+    "eval": Verb(
+        "vmamba_dist.evaluation.command:main",
+        "eval.checkpoint=RUN_OR_CHECKPOINT eval.data=SHARDS [key=value …]",
+        "top-1, top-5 and loss of a checkpoint, every sample once",
+    ),
+    "shards": Verb(
+        "vmamba_dist.data.command:main",
+        "pack | verify | show …",
+        "make and check WebDataset shards",
+        own_help=True,
+    ),
+    "checkpoints": Verb(
+        "vmamba_dist.checkpoint.command:main",
+        "list | verify | show …",
+        "what a run has saved, and whether it is whole",
+        own_help=True,
+    ),
+    "doctor": Verb(
+        "vmamba_dist.doctor:main",
+        "",
+        "what this machine can do, and how to get what is missing",
+    ),
+}
+
+
+def usage() -> str:
+    width = max(map(len, VERBS))
+    lines = [f"  {name:<{width}}  {verb.summary}" for name, verb in VERBS.items()]
+    return "\n".join(["usage: vmamba VERB …", "", *lines, "", "vmamba VERB --help says what a verb takes."])
+
+
+def run(words: Sequence[str]) -> int:
+    """Run one command line and return its exit code; user errors propagate."""
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0 if words else MISUSED
+    name, *rest = words
+    if name not in VERBS:
+        near = difflib.get_close_matches(name, VERBS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(VERBS)}"
+        raise ConfigError(f"vmamba {name}: no such verb; {hint}")
+    verb = VERBS[name]
+    if verb.own_help or not {"-h", "--help"} & set(rest):
+        return verb.load()(rest)
+    print(f"usage: vmamba {name} {verb.usage}\n\n{verb.summary}")
+    return 0
+
+
+def guarded(function: Callable[[Sequence[str]], int], words: Sequence[str]) -> int:
+    """Call a command's function; tell the user's own mistakes in one line."""
+    try:
+        return function(words)
+    except USER_ERRORS as error:
+        print(f"vmamba: {error}", file=sys.stderr)
+        return MISUSED
+    except KeyboardInterrupt:
+        return 130
+
+
+def main() -> int:
+    return guarded(run, sys.argv[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,190 @@
+"""Stay with a job: show its log, pass on the wish to stop, end with its exit code.
+
+Law: a follower never decides what is saved. It asks (SIGTERM to the controller, which passes it to every
+rank), waits, and reports; what it cannot learn from the job it says it does not know.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import TextIO
+
+import submitit
+
+from vmamba_dist.cluster.job import FAILED, Report, pid_file
+
+REQUEUE = 75  # EX_TEMPFAIL: stopped and saved, start it again
+GRACE_S = 15.0  # for the other ranks, once one has failed, or to begin, once asked to stop
+_POLL_S = 0.2
+
+
+@dataclass
+class Requests:
+    """How often the user has asked to stop."""
+
+    count: int = 0
+
+    def add(self, number: int, frame: FrameType | None) -> None:
+        self.count += 1
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        before = {number: signal.signal(number, self.add) for number in numbers}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+@dataclass
+class Tail:
+    """The lines that a growing file gains after `position` bytes; it may not exist yet."""
+
+    path: Path
+    position: int = 0
+    rest: bytes = b""
+
+    def lines(self) -> list[str]:
+        if not self.path.exists():
+            return []
+        with self.path.open("rb") as file:
+            file.seek(self.position)
+            new = file.read()
+        self.position += len(new)
+        *whole, self.rest = (self.rest + new).split(b"\n")
+        return [line.decode(errors="replace") for line in whole]
+
+
+@dataclass(frozen=True)
+class Task:
+    """One process of the job, as its files show it."""
+
+    rank: int
+    job: submitit.Job[Report] = field(repr=False)
+
+    @property
+    def begun(self) -> bool:
+        return pid_file(self.job.paths.folder, self.rank).exists()
+
+    @property
+    def result(self) -> tuple[str, Report | str] | None:
+        """("success", Report) or ("error", traceback), None while there is neither."""
+        path = self.job.task(self.rank).paths.result_pickle
+        if not path.exists():
+            return None
+        kind, value = pickle.loads(path.read_bytes())
+        return kind, value
+
+    @property
+    def ended_at(self) -> float:
+        return self.job.task(self.rank).paths.result_pickle.stat().st_mtime
+
+    @property
+    def running(self) -> bool:
+        """True from its begin until its end; a process that has only just begun may be neither."""
+        file = pid_file(self.job.paths.folder, self.rank)
+        text = file.read_text() if file.exists() else ""
+        if not text:
+            return False
+        try:
+            os.kill(int(text), 0)
+        except ProcessLookupError:
+            return False
+        return True
+
+    @property
+    def failed(self) -> bool:
+        result = self.result
+        if result is None:
+            return self.begun and not self.running and self.result is None
+        kind, value = result
+        return kind != "success" or (isinstance(value, Report) and value.exit_code not in (0, REQUEUE))
+
+
+def follow(job: submitit.Job[Report], tasks: int, log: Path, *, since: int, out: TextIO = sys.stdout) -> int:
+    """Show the lines that `log` gains after `since` bytes until the job ends; return its exit code."""
+    ranks = [Task(rank, job) for rank in range(tasks)]
+    controller = int(job.job_id)
+    requests, heard = Requests(), 0
+    tail = Tail(log, since)
+    failed_at = asked_at = float("inf")
+    with requests.listening():
+        while not job.done():
+            _show(tail, out)
+            now = time.monotonic()
+            if requests.count > heard:
+                heard = requests.count
+                if heard == 1:
+                    asked_at = now
+                    print("stopping: the job saves and ends (once more kills it)", file=out, flush=True)
+                    _signal(controller, signal.SIGTERM)
+                else:
+                    print("killed", file=out, flush=True)
+                    _signal(controller, signal.SIGKILL)
+            if any(task.failed for task in ranks):
+                failed_at = min(failed_at, now)
+            stuck = now > failed_at + GRACE_S and any(task.running for task in ranks)
+            unborn = now > asked_at + GRACE_S and not all(task.begun for task in ranks)
+            if stuck or unborn:
+                _signal(controller, signal.SIGKILL)  # its ranks end with it
+            time.sleep(_POLL_S)
+        _show(tail, out)
+    return _conclude(ranks, asked=heard > 0, out=out)
+
+
+def _signal(pid: int, number: signal.Signals) -> None:
+    try:
+        os.kill(pid, number)
+    except ProcessLookupError:
+        return  # it has ended meanwhile: what was asked for
+
+
+def _show(tail: Tail, out: TextIO) -> None:
+    for line in tail.lines():
+        print(line, file=out, flush=True)
+
+
+def _conclude(ranks: list[Task], *, asked: bool, out: TextIO) -> int:
+    results = [task.result for task in ranks]
+    reports = [
+        value for result in results if result is not None for value in result[1:] if isinstance(value, Report)
+    ]
+    refused = next((report for report in reports if report.message), None)
+    if refused is not None:
+        print(f"vmamba: {refused.message}", file=sys.stderr)
+        return refused.exit_code
+    errors = [
+        task
+        for task, result in zip(ranks, results, strict=True)
+        if result is not None and result[0] == "error"
+    ]
+    if not errors and len(reports) == len(ranks):
+        return max(report.exit_code for report in reports)
+    if asked and not errors:
+        return REQUEUE
+    print(_blame(ranks, errors), file=sys.stderr)
+    return FAILED
+
+
+def _blame(ranks: list[Task], errors: list[Task]) -> str:
+    """Name the rank that failed first: the others fail because it has gone."""
+    silent = [task for task in ranks if task.result is None]
+    if silent:
+        task = silent[0]
+        text = f"rank {task.rank} ended without a word: killed, or out of memory"
+    else:
+        task = min(errors, key=lambda error: error.ended_at)
+        _, trace = task.result or ("error", "")
+        text = f"rank {task.rank} failed:\n" + "\n".join(str(trace).rstrip().splitlines()[-20:])
+    return f"{text}\nlog: {task.job.task(task.rank).paths.stderr}"

@@ -1,0 +1,134 @@
+"""Start a run as a job: show the plan, submit it, follow it.
+
+Law: what is submitted is the resolved config; a dry run writes nothing and starts nothing.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import sys
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+from vmamba_dist.cluster import env, status
+from vmamba_dist.cluster.executors import local_executor, shielded_from_terminal
+from vmamba_dist.cluster.follow import REQUEUE, follow
+from vmamba_dist.cluster.job import TrainJob
+from vmamba_dist.config import Config, load, to_dict
+
+LOG = "train.log"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a submission will do."""
+
+    config: Config
+    words: tuple[str, ...]
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.config.run.dir).absolute()
+
+    @property
+    def job_folder(self) -> Path:
+        return self.run_dir / "slurm"
+
+    def text(self) -> str:
+        """The plan for people: where, how many, and each value that is not a default."""
+        launch = self.config.launch
+        kind = "this process" if launch.cluster == "debug" else f"{launch.tasks} processes on this machine"
+        command = " ".join(["vmamba", "submit", *self.words])
+        head = {
+            "run": str(self.run_dir),
+            "where": kind,
+            "logs": f"{self.job_folder}/JOB/",
+            "command": command,
+        }
+        changed = [f"  {key}={value}" for key, value in _changes(self.config)]
+        return "\n".join([*(f"{key:<8} {value}" for key, value in head.items()), "config", *changed])
+
+
+def plan(words: Sequence[str]) -> Plan:
+    """Resolve the words of a command line. Raises ConfigError."""
+    return Plan(load(words), tuple(words))
+
+
+def main(words: Sequence[str]) -> int:
+    """Run `submit` with the words of its command line; return the job's exit code."""
+    dry = "--dry-run" in words
+    intent = plan([word for word in words if word != "--dry-run"])
+    if dry:
+        print(intent.text())
+        return 0
+    if intent.config.launch.cluster == "debug":
+        return _run_here(intent)
+    return _run_as_job(intent)
+
+
+def _changes(config: Config) -> list[tuple[str, object]]:
+    ours, defaults = to_dict(config), to_dict(Config())
+    return [
+        (f"{group}.{key}", value)
+        for group, part in ours.items()
+        for key, value in part.items()
+        if value != defaults[group][key]
+    ]
+
+
+def _run_here(intent: Plan) -> int:
+    if intent.config.launch.tasks > 1:
+        print(f"launch.cluster=debug: one process, not launch.tasks={intent.config.launch.tasks}")
+    from vmamba_dist.train import run  # not above: submitting needs no torch
+
+    return run(intent.config).exit_code
+
+
+def _run_as_job(intent: Plan) -> int:
+    launch = intent.config.launch
+    intent.job_folder.mkdir(parents=True, exist_ok=True)
+    start = uuid.uuid4().hex
+    tether = intent.job_folder / f"tether-{start}" if launch.follow else None
+    log = intent.run_dir / LOG
+    since = log.stat().st_size if log.exists() else 0
+    work = TrainJob(
+        config=to_dict(intent.config),
+        rendezvous=f"file://{intent.job_folder}/rendezvous-{start}",
+        devices=env.visible_devices(),
+        tether=str(tether) if tether else None,
+    )
+    with _held(tether) if tether else nullcontext():
+        with shielded_from_terminal():
+            job = local_executor(intent.job_folder, launch).submit(work)
+        print(f"job {job.job_id}: {launch.tasks} processes, run {intent.config.run.dir}", flush=True)
+        if not launch.follow:
+            print(
+                f"it goes on alone; progress: tail -f {log}; to stop it (it saves first): kill {job.job_id}"
+            )
+            return 0
+        code = follow(job, launch.tasks, log, since=since)
+    if code == REQUEUE:
+        print(f"stopped; to go on: {' '.join(['vmamba', 'submit', *intent.words])}")
+    elif code == 0:
+        print(status.text(Path(intent.config.run.dir)))
+    return code
+
+
+@contextmanager
+def _held(tether: Path) -> Iterator[None]:
+    """Hold the lock that ties the job to this process: ranks that can take it know that we are gone."""
+    descriptor = os.open(tether, os.O_CREAT | os.O_RDWR)  # not inherited: only this process holds it
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        tether.unlink()
+        os.close(descriptor)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
