@@ -2,19 +2,28 @@
 # Make the environment in $VENV, unless it is there and nothing that decides its content has changed.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-bin=$VENV/bin stamp=$VENV/installed
+fail() { echo "make install: $1" >&2; exit 1; }
+suits() { "$1" -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null; }
+
+stamp=$VENV/installed
 wanted=$({ pwd; echo "$PIP_ARGS|$TORCH_INDEX"; cat pyproject.toml ${CONSTRAINTS:+"$CONSTRAINTS"}; } | sha256sum)
 if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ]; then exit 0; fi
-suits='import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))'
-if ! "$bin/python" -c "$suits" 2>/dev/null; then
-  for python in ${PYTHON:-python3.12 python3.11 python3}; do
-    if "$python" -c "$suits" 2>/dev/null; then found=$python; break; fi
+
+if [ ! -e "$VENV" ]; then
+  candidates=${PYTHON:-python3.12 python3.11 python3}
+  for python in $candidates; do
+    if suits "$python"; then found=$python; break; fi
   done
-  [ "${found:-}" ] || { echo "No Python 3.11 or 3.12 (tried: ${PYTHON:-python3.12 python3.11 python3}); name one: make install PYTHON=…" >&2; exit 1; }
-  "$found" -c "import ensurepip, venv" 2>/dev/null || { echo "$found cannot make environments; on Debian and Ubuntu: sudo apt-get install python3-venv" >&2; exit 1; }
+  [ -n "${found:-}" ] || fail "no Python 3.11 or 3.12 (tried: $candidates); name one: make install PYTHON=…"
+  "$found" -c 'import ensurepip, venv' 2>/dev/null ||
+    fail "$found cannot make environments; on Debian and Ubuntu: sudo apt-get install python3-venv"
   "$found" -m venv "$VENV"
 fi
+suits "$VENV/bin/python" || fail "$VENV is no environment of Python 3.11 or 3.12: rm -r $VENV, or give another VENV=…"
+
 echo "installing into $VENV: some gigabytes, minutes the first time"
-${TORCH_INDEX:+"$bin/python" -m pip install -q ${CONSTRAINTS:+-c "$CONSTRAINTS"} --index-url "$TORCH_INDEX" torch torchvision}
-"$bin/python" -m pip install -q ${CONSTRAINTS:+-c "$CONSTRAINTS"} $PIP_ARGS -e '.[dev]'
+pip=("$VENV/bin/python" -m pip install --quiet ${CONSTRAINTS:+-c "$CONSTRAINTS"})
+if [ -n "$TORCH_INDEX" ]; then "${pip[@]}" --index-url "$TORCH_INDEX" torch torchvision; fi
+# shellcheck disable=SC2086  # several words are meant
+"${pip[@]}" $PIP_ARGS --editable '.[dev]'
 echo "$wanted" > "$stamp"
