@@ -108,7 +108,7 @@ def backward(
         d_x[s], d_z[s], d_B[s, ..., 0], d_C[s, ..., 0] = grads.x, grads.z, grads.B, grads.C
         d_A += grads.A
         d_state = grads.state
-    d_D = d_bias = u.new_empty(0)
+    d_D, d_bias = u.new_empty(0), u.new_empty(0)
     if D is not None:
         d_D = (g * op.x).sum((0, 1)).view(D.shape).to(D.dtype)
         d_x.addcmul_(g, D.to(g.dtype).view(g.shape[2:]))

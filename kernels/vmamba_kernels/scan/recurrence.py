@@ -105,8 +105,8 @@ def chunk_backward(
     q.mul_(lam)
     d_B = torch.mul(lam, dx.unsqueeze(1), out=h).sum(-1)
     lam_B = _over_state(lam.mul_(B))
-    d_delta = (lam_B * x).add_(_over_state(q * A))
+    d_delta = _over_state(q * A).addcmul_(lam_B, x)
     d_x = lam_B.mul_(delta)
     d_A = q.mul_(delta.unsqueeze(1)).sum(0).sum_to_size(A.shape)
-    d_z = torch.ops.aten.softplus_backward(d_delta, z, 1.0, 20.0) if softplus else d_delta
+    d_z = torch.sigmoid(z).mul_(d_delta) if softplus else d_delta
     return ChunkGradients(d_x, d_z, d_A, d_B, d_C, d_state)

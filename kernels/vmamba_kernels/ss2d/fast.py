@@ -18,7 +18,7 @@ Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 class _Walk(NamedTuple):
-    """One chunk of all four directions: steps, rows of x (4*T,) and rows of (4, L) stacked projections (4*T,)."""
+    """One chunk of all four directions: its steps, and the row of x and of the projections for each (T*4,)."""
 
     steps: int
     tokens: Tensor
@@ -27,14 +27,10 @@ class _Walk(NamedTuple):
 
 @lru_cache(maxsize=256)
 def _walks(pattern: str, height: int, width: int, chunk: int, device: torch.device) -> tuple[_Walk, ...]:
-    order = scan_order(pattern, height, width)
-    rows = order + torch.arange(4)[:, None] * order.shape[1]
-    walks = []
-    for start in range(0, order.shape[1], chunk):
-        part = slice(start, start + chunk)
-        tokens, projections = order[:, part], rows[:, part]
-        walks.append(_Walk(tokens.shape[1], tokens.flatten().to(device), projections.flatten().to(device)))
-    return tuple(walks)
+    tokens = scan_order(pattern, height, width).t()
+    projections = tokens + torch.arange(4) * tokens.shape[0]
+    parts = zip(tokens.split(chunk), projections.split(chunk), strict=True)
+    return tuple(_Walk(len(t), t.flatten().to(device), p.flatten().to(device)) for t, p in parts)
 
 
 def num_chunks(x: Tensor, A: Tensor) -> int:
@@ -47,6 +43,21 @@ def num_chunks(x: Tensor, A: Tensor) -> int:
 def _token_major(t: Tensor, dtype: torch.dtype) -> Tensor:
     """Copy (B, H, W, C) to (L, B*C)."""
     return t.to(dtype).permute(1, 2, 0, 3).reshape(t.shape[1] * t.shape[2], -1)
+
+
+class _Chunk(NamedTuple):
+    """What a chunk's recurrence reads: x and z (T, 4, B, C), B and C (T, N, 4, B, 1), dt (T, 4, B, R)."""
+
+    x: Tensor
+    z: Tensor
+    B: Tensor
+    C: Tensor
+    dt: Tensor
+
+
+def _by_direction(t: Tensor) -> Tensor:
+    """Copy (T, 4, B, X) to (4, T*B, X), the batches of a matrix product."""
+    return t.transpose(0, 1).reshape(4, -1, t.shape[-1])
 
 
 class _Operands:
@@ -85,21 +96,30 @@ class _Operands:
         return self.x.new_zeros(self.state, 4, self.batch, self.channels)
 
     def tokens(self, rows: Tensor, walk: _Walk) -> Tensor:
-        """Gather (L, B*C) along a walk -> (T, 4, B, C), a view of direction-major rows."""
-        taken = rows.index_select(0, walk.tokens)
-        return taken.view(4, walk.steps, self.batch, self.channels).transpose(0, 1)
+        """Gather (L, B*C) along a walk -> (T, 4, B, C)."""
+        return rows.index_select(0, walk.tokens).view(walk.steps, 4, self.batch, self.channels)
 
-    def chunk(self, walk: _Walk) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Return x, z (T, 4, B, C), B and C (T, N, 4, B, 1), and dt (4, T*B, R)."""
-        taken = self.projected.index_select(0, walk.projections)
-        p = taken.view(4, walk.steps, self.batch, self.inner)
+    def chunk(self, walk: _Walk) -> _Chunk:
+        """Gather a walk's tokens and projections and project its time steps."""
+        p = self.projected.index_select(0, walk.projections).view(walk.steps, 4, self.batch, self.inner)
         dt, B, C = p.split([self.rank, self.state, self.state], dim=-1)
-        dt = dt.reshape(4, -1, self.rank)
-        z = torch.baddbmm(self.bias, dt, self.weight.transpose(1, 2))
-        z = z.view(4, walk.steps, self.batch, self.channels).transpose(0, 1)
-        B = B.permute(1, 3, 0, 2).unsqueeze(-1)
-        C = C.permute(1, 3, 0, 2).unsqueeze(-1)
-        return self.tokens(self.x, walk), z, B, C, dt
+        if self.rank == 1:
+            z = torch.addcmul(self.bias, dt, self.weight.transpose(1, 2))
+        else:
+            z = torch.baddbmm(self.bias, _by_direction(dt), self.weight.transpose(1, 2))
+            z = z.view(4, walk.steps, self.batch, self.channels).transpose(0, 1).contiguous()
+        B, C = B.permute(0, 3, 1, 2).unsqueeze(-1), C.permute(0, 3, 1, 2).unsqueeze(-1)
+        return _Chunk(self.tokens(self.x, walk), z, B, C, dt)
+
+    def projection_gradients(self, d_z: Tensor, dt: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the gradients of the dt weights (4, C, R) and of dt (T, 4, B, R)."""
+        if self.rank == 1:
+            d_weight = (d_z * dt).sum(0).sum(1).unsqueeze(-1)
+            return d_weight, (d_z * self.weight.transpose(1, 2)).sum(-1, keepdim=True)
+        d_z_rows = _by_direction(d_z)
+        d_weight = torch.bmm(d_z_rows.transpose(1, 2), _by_direction(dt))
+        d_dt = torch.bmm(d_z_rows, self.weight).view(4, len(dt), self.batch, self.rank)
+        return d_weight, d_dt.transpose(0, 1)
 
     def image(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
         """Copy (L, B*C) back to (B, H, W, C)."""
@@ -117,9 +137,9 @@ def forward(
     y = (op.x.view(op.length, op.batch, op.channels) * op.D.sum(0)).view_as(op.x)
     for i, walk in enumerate(op.walks):
         states[i] = state
-        x_chunk, z, B, C, _ = op.chunk(walk)
-        y_chunk, state = chunk_forward(x_chunk, z, op.A, B, C, state, True)
-        y.index_add_(0, walk.tokens, y_chunk.transpose(0, 1).reshape(-1, y.shape[1]))
+        c = op.chunk(walk)
+        y_chunk, state = chunk_forward(c.x, c.z, op.A, c.B, c.C, state, True)
+        y.index_add_(0, walk.tokens, y_chunk.view(-1, y.shape[1]))
     return op.image(y, x.dtype), states
 
 
@@ -139,22 +159,21 @@ def backward(
     g = _token_major(grad_y, op.x.dtype)
     g_tokens = g.view(op.length, op.batch, op.channels)
     d_x = (g_tokens * op.D.sum(0)).view_as(op.x)
-    d_D = (g_tokens * op.x.view_as(g_tokens)).sum((0, 1)).repeat(4)
+    d_D = (g_tokens * op.x.view_as(g_tokens)).sum((0, 1)).expand(4, -1).reshape(-1)
     d_projected = torch.empty_like(op.projected)
     d_weight, d_bias, d_A = torch.zeros_like(op.weight), torch.zeros_like(op.bias), torch.zeros_like(op.A)
     d_state = op.initial_state()
     for i in reversed(range(len(op.walks))):
         walk = op.walks[i]
-        x_chunk, z, B, C, dt = op.chunk(walk)
-        grads = chunk_backward(x_chunk, z, op.A, B, C, states[i], True, op.tokens(g, walk), d_state)
+        c = op.chunk(walk)
+        grads = chunk_backward(c.x, c.z, op.A, c.B, c.C, states[i], True, op.tokens(g, walk), d_state)
         d_state = grads.state
         d_A += grads.A
-        d_x.index_add_(0, walk.tokens, grads.x.transpose(0, 1).reshape(-1, d_x.shape[1]))
-        d_z = grads.z.transpose(0, 1).reshape(4, -1, op.channels)
-        d_bias += d_z.sum(1, keepdim=True)
-        d_weight += torch.bmm(d_z.transpose(1, 2), dt)
-        d_dt = torch.bmm(d_z, op.weight).view(4, walk.steps, op.batch, op.rank)
-        d_p = torch.cat([d_dt, grads.B.permute(2, 0, 3, 1), grads.C.permute(2, 0, 3, 1)], dim=-1)
+        d_x.index_add_(0, walk.tokens, grads.x.view(-1, d_x.shape[1]))
+        d_bias += grads.z.sum(0).sum(1, keepdim=True)
+        d_weight_chunk, d_dt = op.projection_gradients(grads.z, c.dt)
+        d_weight += d_weight_chunk
+        d_p = torch.cat([d_dt, grads.B.permute(0, 2, 3, 1), grads.C.permute(0, 2, 3, 1)], dim=-1)
         d_projected.index_copy_(0, walk.projections, d_p.view(-1, d_projected.shape[1]))
     d_projected = d_projected.view(4, op.length, op.batch, op.inner).permute(2, 1, 0, 3)
     return (
