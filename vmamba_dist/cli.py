@@ -43,7 +43,7 @@ VERBS = {
         "start the same run as a job and show its progress",
     ),
     "eval": Verb(
-        "vmamba_dist.evaluation.command:main",
+        "vmamba_dist.train.evaluate:main",
         "eval.checkpoint=RUN_OR_CHECKPOINT eval.data=SHARDS [key=value …]",
         "top-1, top-5 and loss of a checkpoint, every sample once",
     ),
