@@ -39,12 +39,12 @@ def find_config(name: str) -> Path:
     raise ConfigError(f"config={name}: no such file; shipped configs: {', '.join(known) or 'none'}")
 
 
-def load(args: Sequence[str]) -> Config:
-    """Build the Config for words like `config=configs/quickstart.yaml optim.lr=1e-3`.
+def load(args: Sequence[str], *, base: Mapping[str, Any] | None = None) -> Config:
+    """Build the Config for words like `config=configs/quickstart.yaml optim.lr=1e-3`, over `base` if given.
 
     Raises ConfigError naming the key, the value and the fix.
     """
-    merged = OmegaConf.create({})
+    merged: Any = OmegaConf.create(dict(base or {}))
     words: list[str] = []
     try:
         for word in args:

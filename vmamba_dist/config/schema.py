@@ -123,7 +123,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    """What happens to a training image. Defaults are the paper's ImageNet recipe (VMamba, appendix; Swin's)."""
+    """What happens to a training image. Defaults are VMamba's ImageNet recipe."""
 
     crop: bool = True  # random resized crop; false resizes the whole image
     crop_scale: tuple[float, float] = (0.08, 1.0)  # share of the image's area

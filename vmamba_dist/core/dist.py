@@ -9,11 +9,11 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -69,7 +69,7 @@ def pick_device(choice: str, local_rank: int) -> torch.device:
     count = torch.cuda.device_count()
     if local_rank >= count:
         raise RuntimeError(
-            f"local rank {local_rank} has no GPU of its own: {count} visible; start {count} processes on this machine"
+            f"local rank {local_rank} has no GPU of its own: torch sees {count}; start at most {count} processes here"
         )
     return torch.device("cuda", local_rank)
 
@@ -130,6 +130,20 @@ def from_main(value: T) -> T:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def on_main(action: Callable[[], T]) -> T:
+    """Run `action` on rank 0 alone; its value, or its exception, reaches every rank. A collective (syncs)."""
+    outcome: tuple[T | None, Exception | None] = (None, None)
+    if rank_and_size()[0] == 0:
+        try:
+            outcome = (action(), None)
+        except Exception as error:  # noqa: BLE001 - it is raised again below, on all ranks
+            outcome = (None, error)
+    value, failure = from_main(outcome)
+    if failure is not None:
+        raise failure
+    return cast("T", value)
 
 
 def sum_over_ranks(values: Sequence[float]) -> list[float]:

@@ -1,0 +1,52 @@
+"""The seam between the loop and what spreads it over devices.
+
+Law: the loop knows these verbs and no engine's name. The norm exists only after `update`, and the update
+applies only where it is finite, decided on the device: DeepSpeed can meet that contract, so all do.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from vmamba_dist.objectives.base import Inputs, LossTerms
+
+
+@dataclass(frozen=True)
+class Update:
+    """The outcome of one step, on the device: reading either syncs, so the meter reads them a step later."""
+
+    grad_norm: Tensor  # () before clipping, the same on every rank
+    applied: Tensor  # () bool
+
+
+class Engine(Protocol):
+    """Forward, backward and step of one objective."""
+
+    @property
+    def module(self) -> nn.Module:
+        """The objective itself, with the model's own parameter names."""
+        ...
+
+    def __call__(self, inputs: Inputs) -> LossTerms:
+        """Forward under the configured precision."""
+        ...
+
+    def microbatch(self, sync: bool) -> AbstractContextManager[None]:
+        """Around forward and backward; gradients are reduced only where `sync`."""
+        ...
+
+    def backward(self, loss: Tensor) -> None: ...
+
+    def update(self, max_norm: float) -> Update:
+        """Clip to the global norm (0: only measure), step where the norm is finite, clear the gradients."""
+        ...
+
+    def set_lr(self, lr: float) -> None: ...
+
+    def state(self) -> dict[str, Tensor]:
+        """The live tensors by canonical name: model.<name>, optim.<name>.{exp_avg,exp_avg_sq,step}."""
+        ...

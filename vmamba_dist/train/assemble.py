@@ -1,0 +1,290 @@
+"""From a config to a run, in the order in which things come to life.
+
+Law: every rank makes the same choices from the same facts; what rank 0 alone decides is told to all.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.tensorboard import SummaryWriter
+
+from vmamba_dist.checkpoint.save import Checkpoints, Found
+from vmamba_dist.config import Config, ConfigError, digest, to_dict, to_yaml, trajectory
+from vmamba_dist.core.dist import World, gather, on_main
+from vmamba_dist.core.log import logging_to, progress_bar
+from vmamba_dist.core.precision import autocast, be_deterministic, compute_dtype
+from vmamba_dist.core.rundir import RunDir
+from vmamba_dist.core.state import TrainState
+from vmamba_dist.data.augment import DeviceTransform, Normalize
+from vmamba_dist.data.order import choose_lanes
+from vmamba_dist.data.shards import Index
+from vmamba_dist.data.batch import Batch
+from vmamba_dist.data.stream import BadLog, TrainStream, eval_batches
+from vmamba_dist.evaluation.classification import ClassificationEvaluator
+from vmamba_dist.models import create_model, flops
+from vmamba_dist.objectives.base import Inputs, LossTerms
+from vmamba_dist.objectives.classify import Classify
+from vmamba_dist.optim.schedule import build_schedule
+from vmamba_dist.parallel.plan import parallelize
+from vmamba_dist.train.ema import Ema
+from vmamba_dist.train.environment import describe_environment, record_environment
+from vmamba_dist.train.feed import Feed
+from vmamba_dist.train.health import find_nonfinite
+from vmamba_dist.train.meter import Meter, MetricsLog, memory_gib, peak_tflops
+from vmamba_dist.train.record import Record, Writers
+from vmamba_dist.train.run import Every, Origin, Run, best_metric
+from vmamba_dist.train.sources import Sources
+from vmamba_dist.train.stopping import StopRequest
+
+log = logging.getLogger(__name__)
+
+
+@contextmanager
+def assembled(cfg: Config, sources: Sources, world: World, stop: StopRequest) -> Iterator[Run]:
+    """Build a run, resumed where it has a checkpoint; everything is closed at the end. A collective."""
+    with ExitStack() as closing:
+        run_dir = _own(cfg, world, closing)
+        be_deterministic()
+        state = TrainState()
+        objective = build_objective(cfg, sources.num_classes, world)
+        engine = parallelize(
+            objective,
+            parallel=cfg.parallel,
+            precision=cfg.precision,
+            optim=cfg.optim,
+            world=world,
+        )
+        ema = Ema(objective, cfg.ema) if cfg.ema.enabled else None
+        checkpoints = Checkpoints(
+            run_dir, cfg.checkpoint, world, metric=best_metric(cfg.eval, has_ema=ema is not None)
+        )
+        identity = trajectory(cfg) | {
+            "data.train (content)": sources.fingerprint,
+            "num_classes (resolved)": sources.num_classes,
+        }
+        tensors = engine.state() | (ema.state() if ema is not None else {})
+        found = _resume(cfg, checkpoints, identity)
+        if found is not None:
+            checkpoints.load(found, tensors)
+            state.load_dict(found.meta.state)
+        state.lanes = state.lanes or choose_lanes(
+            sources.train.num_samples,
+            sources.train.mean_bytes,
+            block=cfg.data.block,
+            shuffle_gib=cfg.data.shuffle_gib,
+            world=world.size,
+            workers=cfg.data.workers,
+            lanes=cfg.data.lanes,
+        )
+        log.info("attempt %d begins at step %d", run_dir.attempt, state.step + 1)
+
+        steps_per_epoch = sources.train.num_samples // cfg.data.global_batch
+        total_steps = cfg.schedule.epochs * steps_per_epoch
+        schedule = build_schedule(
+            cfg.schedule,
+            cfg.optim,
+            global_batch=cfg.data.global_batch,
+            total_samples=total_steps * cfg.data.global_batch,
+        )
+        state.align(cfg.data.global_batch, steps_per_epoch)
+        writers = _writers(cfg, run_dir, state, total_steps, closing) if world.is_main else None
+        bad_log = BadLog(run_dir.bad)
+        stream = TrainStream(
+            sources.train,
+            cfg.data,
+            cfg.augment,
+            seed=cfg.run.seed,
+            rank=world.rank,
+            world=world.size,
+            lanes=state.lanes,
+            accumulate=sources.accumulate,
+            num_classes=sources.num_classes,
+            known_bad=bad_log.known(),
+        )
+        closing.callback(stream.close)
+        feed = Feed(
+            _shown(stream.batches(state.epoch, state.offset, state.skipped), writers, cfg.telemetry.images),
+            DeviceTransform(
+                cfg.augment, sources.num_classes, cfg.objective.label_smoothing, seed=cfg.run.seed
+            ),
+            world.device,
+            accumulate=sources.accumulate,
+            on_bad=bad_log.note,
+        )
+        compute = compute_dtype(cfg.precision.compute)
+        shape = (cfg.data.image_size, cfg.data.image_size)
+        peak = peak_tflops(world.device, cfg.telemetry.peak_tflops)
+        record = Record(
+            state,
+            writers,
+            autopsy=lambda: _autopsy(objective, feed, world.device, compute),
+            flops_per_sample=flops.train_flops_per_image(cfg.model.name, *shape, sources.num_classes),
+            peak_flops=peak * 1e12 * world.size if peak else None,
+            memory_gib=lambda: memory_gib(world.device),
+            max_bad_fraction=cfg.data.max_bad_fraction,
+            epoch_samples=sources.train.num_samples,
+        )
+        yield Run(
+            state=state,
+            engine=engine,
+            ema=ema,
+            feed=feed,
+            schedule=schedule,
+            meter=Meter(world),
+            record=record,
+            stop=stop,
+            evaluator=build_evaluator(cfg, sources.evaluation, sources.num_classes, world),
+            checkpoints=checkpoints,
+            origin=Origin(
+                world.size, cfg.parallel.engine, digest(identity), identity, {"config": to_dict(cfg)}
+            ),
+            eval_cfg=cfg.eval,
+            batch_size=cfg.data.global_batch,
+            accumulate=sources.accumulate,
+            steps_per_epoch=steps_per_epoch,
+            clip=cfg.optim.clip,
+            max_steps=cfg.run.max_steps,
+            eval_every=Every(round(cfg.eval.every_epochs * steps_per_epoch)),
+            save_every=Every(cfg.checkpoint.every_steps),
+        )
+
+
+def build_objective(cfg: Config, num_classes: int, world: World, *, initialise: bool = True) -> Classify:
+    """Make the objective on meta, then materialise it on the device: values follow from names and the seed.
+
+    Without `initialise` its memory is as it came, to be filled from a checkpoint.
+    """
+    with torch.device("meta"):
+        backbone = create_model(
+            cfg.model.name,
+            num_classes=num_classes,
+            drop_path_rate=cfg.model.drop_path,
+            scan_pattern=cfg.model.scan_pattern,
+            scan_backend=cfg.model.scan_backend,
+        )
+        objective = Classify(backbone, seed=cfg.run.seed)
+    objective.to_empty(device=world.device)
+    if initialise:
+        backbone.init_weights(cfg.run.seed)
+    return objective
+
+
+def build_evaluator(cfg: Config, index: Index, num_classes: int, world: World) -> ClassificationEvaluator:
+    """The evaluator of a split."""
+    normalize = Normalize(cfg.augment)
+    return ClassificationEvaluator(
+        lambda: eval_batches(
+            index,
+            cfg.eval,
+            image_size=cfg.data.image_size,
+            interpolation=cfg.augment.interpolation,
+            num_classes=num_classes,
+            rank=world.rank,
+            world=world.size,
+            workers=cfg.data.workers,
+        ),
+        lambda batch, device: normalize(batch.images, device),
+        num_samples=index.num_samples,
+        world=world,
+        compute=compute_dtype(cfg.precision.compute),
+    )
+
+
+def _own(cfg: Config, world: World, closing: ExitStack) -> RunDir:
+    """Take the run directory's lock on rank 0, and begin this attempt's log and records."""
+    owned: list[RunDir] = []
+
+    def acquire() -> int:
+        owned.append(RunDir.acquire(cfg.run.dir))
+        return owned[0].attempt
+
+    attempt = on_main(acquire)
+    run_dir = owned[0] if owned else RunDir.attach(cfg.run.dir, attempt)
+    closing.callback(run_dir.release)
+    closing.enter_context(logging_to(run_dir.log, world.rank))
+    if world.is_main:
+        beside = run_dir.config.with_suffix(".tmp")
+        beside.write_text(to_yaml(cfg), encoding="utf-8")
+        beside.replace(run_dir.config)
+        record_environment(run_dir.environment, describe_environment(cfg, world))
+    return run_dir
+
+
+def _resume(cfg: Config, checkpoints: Checkpoints, identity: dict[str, Any]) -> Found | None:
+    """The checkpoint to go on from: this run's newest whole one, else the one that run.resume names."""
+    found = checkpoints.newest()
+    if found is not None and cfg.run.resume == "never":
+        raise ConfigError(
+            f"run.resume=never: {found.path} is there already; use run.resume=auto to go on from it, "
+            "or another run.dir"
+        )
+    if found is None and cfg.run.resume not in ("auto", "never"):
+        found = checkpoints.newest(at=Path(cfg.run.resume))
+    if found is None:
+        return None
+    log.info("resuming from %s, saved by %d ranks", found.path, found.meta.world_size)
+    _check_identity(found, identity, allowed=cfg.run.allow_changes)
+    return found
+
+
+def _check_identity(found: Found, identity: dict[str, Any], *, allowed: bool) -> None:
+    """Refuse a config that would leave the checkpoint's trajectory, naming the keys. Raises ConfigError."""
+    saved = found.meta.trajectory
+    changed = [
+        f"{key} was {saved.get(key)!r}, now {identity.get(key)!r}"
+        for key in sorted(saved.keys() | identity.keys())
+        if saved.get(key) != identity.get(key)
+    ]
+    if changed and not allowed:
+        raise ConfigError(
+            f"the config differs from that of {found.path} in what decides the trajectory: {'; '.join(changed)}. "
+            "Put it back, use another run.dir, or run.allow_changes=true to go on all the same"
+        )
+    for change in changed:
+        log.warning("run.allow_changes: %s", change)
+
+
+def _writers(
+    cfg: Config, run_dir: RunDir, state: TrainState, total_steps: int, closing: ExitStack
+) -> Writers:
+    """Rank 0's outputs, cut to what the loaded checkpoint knows."""
+    metrics = MetricsLog(run_dir.metrics, after_step=state.step)
+    closing.callback(metrics.close)
+    tensorboard = None
+    if cfg.telemetry.tensorboard:
+        tensorboard = SummaryWriter(str(run_dir.tensorboard), purge_step=state.step + 1)
+        closing.callback(tensorboard.close)
+        text = "\n".join(f"    {line}" for line in to_yaml(cfg).splitlines())
+        tensorboard.add_text("config", text, state.step)
+    bar = closing.enter_context(progress_bar(total_steps, enabled=True))
+    return Writers(metrics, tensorboard, bar, cfg.telemetry.log_every_steps, total_steps)
+
+
+def _shown(batches: Iterator[Batch], writers: Writers | None, count: int) -> Iterator[Batch]:
+    """Pass micro-batches on, with the first few augmented images sent to TensorBoard."""
+    for first in itertools.islice(batches, 1):
+        if writers is not None and writers.tensorboard is not None and count:
+            writers.tensorboard.add_images("train/augmented", first.images[:count].numpy(), first.step)
+        yield first
+    yield from batches
+
+
+def _autopsy(objective: Classify, feed: Feed, device: torch.device, compute: torch.dtype) -> str:
+    """Say what was first non-finite in the last two steps, on which ranks, with which samples. A collective."""
+
+    def forward(inputs: Inputs) -> LossTerms:
+        with autocast(device, compute):
+            terms: LossTerms = objective(inputs)
+        return terms
+
+    found = (find_nonfinite(objective, forward, feed.prepare(batch)) for batch in feed.recent)
+    told = gather(next((f for f in found if f is not None), None))
+    named = [f"rank {rank}: {what}" for rank, what in enumerate(told) if what is not None]
+    return "; ".join(named) or "every tensor is finite when the last samples are run again"

@@ -1,0 +1,178 @@
+"""What a step reports: one small asynchronous all-reduce, read at the next step.
+
+Law: metrics.jsonl has each step once, in order; its lines up to s are on disk before checkpoint s is published,
+and a start cuts the file after the step that it loads.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from vmamba_dist.core.dist import World
+from vmamba_dist.parallel.engine import Update
+
+# Dense bf16 peak of one device in TFLOP/s, by a part of its name (vendors' data sheets).
+_PEAK_TFLOPS = {"B200": 2250.0, "H200": 989.0, "H100": 989.0, "A100": 312.0, "L40S": 362.0, "4090": 165.0}
+
+
+@dataclass(frozen=True)
+class Report:
+    """One step as all ranks saw it. `loss` is the mean over the global batch."""
+
+    step: int
+    epoch: int
+    samples: int
+    lr: float
+    loss: float
+    grad_norm: float
+    applied: bool
+    stop: bool  # some rank was asked to stop
+    bad: int  # samples replaced in this step, over all ranks
+    data_wait: float  # share of the step's time that the mean rank waited for samples
+    step_time: float  # seconds, the slowest rank's loop between two records
+    samples_per_s: float
+
+
+@dataclass
+class _Pending:
+    step: int
+    epoch: int
+    samples: int
+    batch: int
+    lr: float
+    update: Update
+    sums: Tensor
+    work: dist.Work | None
+    step_time: float
+
+
+class Meter:
+    """Collects a step's numbers and gives back the ones of the step before."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._pending: _Pending | None = None
+        self._last = time.perf_counter()
+
+    def restart_clock(self) -> None:
+        """Leave out what happened since the last record (an evaluation, a save) from the next step's time."""
+        self._last = time.perf_counter()
+
+    def record(
+        self,
+        *,
+        step: int,
+        epoch: int,
+        samples: int,
+        batch: int,
+        lr: float,
+        losses: list[Tensor],
+        update: Update,
+        waited: float,
+        bad: int,
+        stop: bool,
+    ) -> Report | None:
+        """Start reducing this step's numbers; return the step before, if one is unread. A collective."""
+        now = time.perf_counter()
+        step_time, self._last = now - self._last, now
+        before = self.drain()
+        device = self._world.device
+        loss = torch.stack([x.detach().double() for x in losses]).mean()
+        host = torch.tensor([waited / step_time, float(bad), float(stop)], dtype=torch.float64)
+        sums = torch.cat([loss.reshape(1), host.to(device, non_blocking=True)])
+        work = dist.all_reduce(sums, async_op=True) if dist.is_initialized() else None
+        self._pending = _Pending(step, epoch, samples, batch, lr, update, sums, work, step_time)
+        return before
+
+    def drain(self) -> Report | None:
+        """Read the pending step (syncs host and device), or None."""
+        p, self._pending = self._pending, None
+        if p is None:
+            return None
+        if p.work is not None:
+            p.work.wait()
+        loss, wait, bad, stop = p.sums.tolist()
+        size = self._world.size
+        return Report(
+            step=p.step,
+            epoch=p.epoch,
+            samples=p.samples,
+            lr=p.lr,
+            loss=loss / size,
+            grad_norm=float(p.update.grad_norm),
+            applied=bool(p.update.applied),
+            stop=stop > 0,
+            bad=int(bad),
+            data_wait=wait / size,
+            step_time=p.step_time,
+            samples_per_s=p.batch / p.step_time,
+        )
+
+
+def peak_tflops(device: torch.device, configured: float) -> float | None:
+    """Peak of one device for MFU: the configured one, or the table's; None where unknown."""
+    if configured > 0:
+        return configured
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in _PEAK_TFLOPS.items() if part in name), None)
+
+
+def memory_gib(device: torch.device) -> float:
+    """Peak memory of this process: the allocator's on a GPU, the resident set's on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+class MetricsLog:
+    """metrics.jsonl: one JSON object a step."""
+
+    def __init__(self, path: Path, *, after_step: int) -> None:
+        """Open for appending after step `after_step`, cutting later lines and a torn last one."""
+        _cut(path, after_step)
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, line: dict[str, Any]) -> None:
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+
+    def sync(self) -> None:
+        """Put every line on the disk (fsync)."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self.sync()
+        self._file.close()
+
+
+def _cut(path: Path, after_step: int) -> None:
+    if not path.exists():
+        return
+    keep = 0
+    with path.open("rb") as file:
+        for raw in file:
+            if not raw.endswith(b"\n"):
+                break
+            try:
+                step = json.loads(raw)["step"]
+            except (ValueError, KeyError, TypeError):
+                break
+            if step > after_step:
+                break
+            keep += len(raw)
+    with path.open("r+b") as file:
+        file.truncate(keep)
+        os.fsync(file.fileno())
