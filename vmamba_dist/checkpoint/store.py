@@ -127,12 +127,10 @@ def read_manifest(path: str | Path) -> Manifest:
         if not isinstance(content, dict):
             raise Damaged(f"{file}: no JSON object")
         version, digest = content["format"], content.pop("digest")
-        if version != FORMAT:
-            raise CheckpointError(
-                f"{file}: format {version}; this version reads {FORMAT}: use the version that wrote it"
-            )
-        if digest != _digest(content):
+        if digest != _digest(content):  # a rule of every format, so that a flipped bit is never a new format
             raise Damaged(f"{file}: its content differs from its own digest")
+        if version != FORMAT:
+            raise CheckpointError(f"{file}: format {version}, but {FORMAT} is read here; use what wrote it")
         files = {name: FileRecord(**record) for name, record in content["files"].items()}
         meta = Meta(**{name: content[name] for name in Meta.__dataclass_fields__})
     except FileNotFoundError:
