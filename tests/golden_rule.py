@@ -1,4 +1,4 @@
-"""Rebuilds the tensors of tests/golden from their names: the rule that the official code's vectors were made by.
+"""Rebuilds the tensors of tests/golden from their names, by the rule that the official vectors were made with.
 
 Law: a tensor is a function of (name, official shape); no weights are stored.
 """
@@ -42,4 +42,5 @@ def parameter(name: str, shape: tuple[int, ...]) -> Tensor:
 
 def error(found: Tensor, wanted: Tensor) -> float:
     """Largest difference over the largest magnitude wanted."""
-    return float((found.detach().double() - wanted.double()).abs().max() / wanted.double().abs().max())
+    found, wanted = found.detach().double(), wanted.detach().double()
+    return float((found - wanted).abs().max() / wanted.abs().max())

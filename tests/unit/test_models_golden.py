@@ -1,4 +1,4 @@
-"""The models equal the official code: every vector of tests/golden, in float32 and, where quick, in float64."""
+"""The models equal the official code: every vector of tests/golden, in float32 and where quick in float64."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from golden_rule import error, parameter, uniform
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from golden_rule import error, parameter, uniform
 from vmamba_dist.models import create_model, get_variant, load_official
 from vmamba_dist.models.official import export_official
 from vmamba_dist.models.ss2d import SS2D
