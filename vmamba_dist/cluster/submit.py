@@ -14,7 +14,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-from vmamba_dist.cluster import env, status
+from vmamba_dist.cluster import env
 from vmamba_dist.cluster.executors import local_executor, shielded_from_terminal
 from vmamba_dist.cluster.follow import REQUEUE, follow
 from vmamba_dist.cluster.job import TrainJob
@@ -41,7 +41,7 @@ class Plan:
     def text(self) -> str:
         """The plan for people: where, how many, and each value that is not a default."""
         launch = self.config.launch
-        kind = "this process" if launch.cluster == "debug" else f"{launch.tasks} processes on this machine"
+        kind = "this process" if launch.cluster == "debug" else f"{_processes(launch.tasks)} on this machine"
         command = " ".join(["vmamba", "submit", *self.words])
         head = {
             "run": str(self.run_dir),
@@ -68,6 +68,10 @@ def main(words: Sequence[str]) -> int:
     if intent.config.launch.cluster == "debug":
         return _run_here(intent)
     return _run_as_job(intent)
+
+
+def _processes(count: int) -> str:
+    return "1 process" if count == 1 else f"{count} processes"
 
 
 def _changes(config: Config) -> list[tuple[str, object]]:
@@ -104,7 +108,10 @@ def _run_as_job(intent: Plan) -> int:
     with _held(tether) if tether else nullcontext():
         with shielded_from_terminal():
             job = local_executor(intent.job_folder, launch).submit(work)
-        print(f"job {job.job_id}: {launch.tasks} processes, run {intent.config.run.dir}", flush=True)
+        print(
+            f"{launch.name}: job {job.job_id}, {_processes(launch.tasks)}, run {intent.config.run.dir}",
+            flush=True,
+        )
         if not launch.follow:
             print(
                 f"it goes on alone; progress: tail -f {log}; to stop it (it saves first): kill {job.job_id}"
@@ -113,8 +120,6 @@ def _run_as_job(intent: Plan) -> int:
         code = follow(job, launch.tasks, log, since=since)
     if code == REQUEUE:
         print(f"stopped; to go on: {' '.join(['vmamba', 'submit', *intent.words])}")
-    elif code == 0:
-        print(status.text(Path(intent.config.run.dir)))
     return code
 
 

@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Handwritten digits, from images to test accuracy: pack, train as a job, evaluate afresh. Run again, it goes on.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+bin=${VENV:-.venv}/bin run=runs/quickstart data=data/digits
+if [ ! -f "$data/_info.json" ]; then "$bin/vmamba" shards pack digits "$data" --overwrite; fi
+"$bin/python" launch/submit.py config=configs/quickstart.yaml "run.dir=$run" "data.train=$data"
+echo "evaluating the newest checkpoint in a fresh process"
+accuracy=$("$bin/vmamba" eval "eval.checkpoint=$run" "eval.data=$data" |
+  "$bin/python" -c 'import json, sys; r = json.load(sys.stdin); print(f"{r["top1"]:.2f} % of {r["num_samples"]:.0f} test images")')
+echo
+echo "accuracy $accuracy"
+"$bin/python" launch/status.py "$run"
