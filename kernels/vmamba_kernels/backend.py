@@ -1,4 +1,4 @@
-"""The one place that chooses an implementation: a name the user gave and a device become "torch" or "triton"."""
+"""The one place that chooses an implementation: the user's word and a device become "torch" or "triton"."""
 
 import logging
 from functools import cache

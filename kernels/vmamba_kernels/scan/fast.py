@@ -1,7 +1,7 @@
 """The selective scan on plain torch: time-major chunks and a hand-written adjoint.
 
-The forward keeps the states between chunks; the backward goes through the chunks from last to first and recomputes
-the rest, so what stays alive between the two is a few states instead of every step.
+The forward keeps the states between chunks; the backward goes through the chunks from last to first and
+recomputes the rest, so what stays alive between the two is a few states instead of every step.
 """
 
 import torch

@@ -3,6 +3,8 @@
 The op is functional and chooses its implementation here, once. It returns y and the states its adjoint needs.
 """
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -25,13 +27,15 @@ def selective_scan(
     *,
     backend: str = "auto",
 ) -> Tensor:
-    """Scan u (B, K*C, L) with delta (B, K*C, L), A (K*C, N), B and C (B, K, N, L), D and delta_bias (K*C) or None.
+    """Run h_t = exp(delta_t A) h_{t-1} + delta_t B_t u_t, y_t = C_t h_t + D u_t over the last axis.
 
-    Returns y (B, K*C, L) in u's dtype; the state is float32 at least. softplus is linear above 20, as torch's.
+    u and delta are (B, K*C, L), A is (K*C, N), B and C are (B, K, N, L), D and delta_bias (K*C) or None; delta is
+    softplus(delta + delta_bias) first. Returns y (B, K*C, L) in u's dtype; the state is float32 at least.
     Raises ValueError for shapes that do not fit, BackendError for a backend that cannot run here.
     """
     _check(u, delta, A, B, C, D, delta_bias)
     chosen = resolve_backend(backend, u.device)
+    y: Tensor
     y, _ = _selective_scan(u, delta, A, B, C, D, delta_bias, delta_softplus, chosen)
     return y
 
@@ -155,16 +159,16 @@ def _backward(ctx: Any, grad_y: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
 _selective_scan.register_autograd(_backward, setup_context=_setup)
 
 
-def scan_flops(batch: int, width: int, length: int, state: int, with_D: bool) -> int:
-    """Return the forward's FLOPs: two a multiply-add of the published count 9*B*L*D*N + B*L*D."""
-    return 2 * batch * length * width * (9 * state + with_D)
+def scan_flops(u: Sequence[int], state: int, with_D: bool) -> int:
+    """Return the forward's FLOPs for u (B, K*C, L): two a multiply-add of the published 9*B*L*K*C*N + B*L*K*C."""
+    return 2 * math.prod(u) * (9 * state + with_D)
 
 
 @register_flop_formula(torch.ops.vmamba.selective_scan)
 def _flops(
     u: Any, delta: Any, A: Any, B: Any, C: Any, D: Any, *args: Any, out_shape: Any = None, **kwargs: Any
 ) -> int:
-    return scan_flops(*u, A[1], D is not None)
+    return scan_flops(u, A[1], D is not None)
 
 
 @register_flop_formula(torch.ops.vmamba.selective_scan_backward)
@@ -181,4 +185,4 @@ def _backward_flops(
     out_shape: Any = None,
     **kwargs: Any,
 ) -> int:
-    return 2 * scan_flops(*u, A[1], D is not None)
+    return 2 * scan_flops(u, A[1], D is not None)

@@ -1,13 +1,14 @@
 """One chunk of the recurrence and of its adjoint, vectorised over everything but time.
 
 Time comes first, so that a step is one fused multiply-add over a contiguous row. A chunk takes the state before
-its first step and hands on the state after its last; its adjoint takes the cotangent of the latter and hands back
-that of the former, so chunks compose in either direction and only the states between them need be kept.
+its first step and hands on the state after its last; its adjoint takes the cotangent of the latter and hands
+back that of the former. So chunks compose either way, and only the states between them need be kept.
 
-Axes: T steps, N state, P and Q any two batch-like axes (batch and groups), C channels. x, z and g are (T, P, Q, C),
-B and C are (T, N, P, Q, 1), A is (N, P or 1, Q or 1, C) and the state is (N, P, Q, C). Views of any strides will do.
+Axes: T steps, N state, P and Q any two batch-like axes (batch and groups), C channels. x, z and g are
+(T, P, Q, C), B and C are (T, N, P, Q, 1), A is (N, P or 1, Q or 1, C) and the state is (N, P, Q, C).
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -17,7 +18,10 @@ from torch import Tensor
 LOG2E = 1.4426950408889634
 CHUNK_ELEMENTS = (
     1 << 17
-)  # elements of one scratch row block: small enough for the cache, large against a call's cost
+)  # of one (T, N, P, Q, C) buffer: a few fit the cache, and a call's cost is small against it
+NARROW = (
+    512  # below this row width a step costs its call, not its arithmetic: run blocks of steps side by side
+)
 
 
 class ChunkGradients(NamedTuple):
@@ -39,12 +43,55 @@ def chunk_length(length: int, width: int) -> int:
 def positive(z: Tensor) -> Tensor:
     """Return softplus(z); in float32 as max(z, 0) + 2 atanh(e / (2 + e)) with e = exp(-|z|).
 
-    That is log1p(e) to the last bit or two at a seventh of the time: torch's log1p on a CPU is not vectorised.
+    That is log1p(e) to its last bits in a seventh of the time: torch's own is not vectorised on a CPU.
     """
     if z.dtype != torch.float32:
         return F.softplus(z)
     e = z.abs().mul_(-LOG2E).exp2_()
     return torch.add(z.clamp(min=0), e.div_(e + 2).atanh_(), alpha=2)
+
+
+def recur(x: Tensor, factor: Tensor, previous: Tensor, *, reverse: bool = False) -> Tensor:
+    """Turn x (T, W) in place into x_t + factor_t x_{t-1}, where x_{-1} is previous (W,), and return the last row.
+
+    With reverse the recurrence runs from the last row to the first, x_t + factor_t x_{t+1}, and returns row 0.
+    """
+    steps, width = x.shape
+    block = math.isqrt(steps // 2)
+    if width >= NARROW or block < 4:
+        return _recur_rows(x, factor, previous, reverse)
+    whole = steps - steps % block
+    if reverse:
+        previous = _recur_rows(x[whole:], factor[whole:], previous, reverse)
+        return _recur_blocks(x[:whole], factor[:whole], previous, block, reverse)
+    previous = _recur_blocks(x[:whole], factor[:whole], previous, block, reverse)
+    return _recur_rows(x[whole:], factor[whole:], previous, reverse)
+
+
+def _recur_rows(x: Tensor, factor: Tensor, previous: Tensor, reverse: bool) -> Tensor:
+    way = -1 if reverse else 1
+    for row, row_factor in zip(x.unbind(0)[::way], factor.unbind(0)[::way], strict=True):
+        previous = row.addcmul_(row_factor, previous)
+    return previous
+
+
+def _recur_blocks(x: Tensor, factor: Tensor, previous: Tensor, block: int, reverse: bool) -> Tensor:
+    """Run all blocks from zero side by side, pass the carries from block to block, then add what each carry adds."""
+    way = -1 if reverse else 1
+    x_GSW = x.view(len(x) // block, block, x.shape[1])
+    reach_GSW = factor.view_as(x_GSW).clone()  # the product of factors from a block's first step to this one
+    rows, reaches = x_GSW.unbind(1)[::way], reach_GSW.unbind(1)[::way]
+    factors = factor.view_as(x_GSW).unbind(1)[::way]
+    for s in range(1, block):
+        rows[s].addcmul_(factors[s], rows[s - 1])
+        reaches[s].mul_(reaches[s - 1])
+    carries = torch.empty_like(rows[-1])
+    for carry, end, reach in zip(
+        carries.unbind(0)[::way], rows[-1].unbind(0)[::way], reaches[-1].unbind(0)[::way], strict=True
+    ):
+        previous = torch.addcmul(end, reach, carry.copy_(previous))
+    x_GSW.addcmul_(reach_GSW, carries.unsqueeze(1))
+    return previous
 
 
 def _states(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -53,9 +100,7 @@ def _states(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, state: Tensor) -> tu
     decay = torch.mul(delta.unsqueeze(1), A * LOG2E, out=x.new_empty(shape)).exp2_()
     dx = delta * x
     h = torch.mul(dx.unsqueeze(1), B, out=x.new_empty(shape))
-    previous = state
-    for decay_t, h_t in zip(decay.unbind(0), h.unbind(0), strict=True):
-        previous = h_t.addcmul_(decay_t, previous)
+    recur(h.view(len(h), -1), decay.view(len(h), -1), state.reshape(-1))
     return decay, h, dx
 
 
@@ -85,20 +130,19 @@ def chunk_backward(
     g: Tensor,
     after: Tensor,
 ) -> ChunkGradients:
-    """Return the cotangents of a chunk from those of its y (g) and of the state after it, recomputing its states."""
+    """Recompute a chunk's states and return its cotangents from those of its y (g) and of the state after it."""
     delta = positive(z) if softplus else z
     decay, h, dx = _states(x, delta, A, B, state)
     d_C = torch.mul(h, g.unsqueeze(1)).sum(-1)
 
     # The state's cotangent: lam_t = C_t g_t + decay_{t+1} lam_{t+1}.
     lam = torch.mul(g.unsqueeze(1), C, out=torch.empty_like(h))
-    steps, decays = lam.unbind(0), decay.unbind(0)
-    following = steps[-1].add_(after)
-    for t in range(len(steps) - 2, -1, -1):
-        following = steps[t].addcmul_(decays[t + 1], following)
-    d_state = decays[0] * following
+    lam[-1].add_(after)
+    rows, factors = lam.view(len(h), -1), decay.view(len(h), -1)
+    recur(rows[:-1], factors[1:], rows[-1], reverse=True)
+    d_state = decay[0] * lam[0]
 
-    # h is no longer needed: its place takes lam_t decay_t h_{t-1}, the part that reaches delta and A.
+    # lam_t decay_t h_{t-1}, what reaches delta and A; decay itself is not needed again.
     q = decay
     q[0].mul_(state)
     q[1:].mul_(h[:-1])

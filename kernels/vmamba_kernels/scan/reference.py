@@ -1,6 +1,8 @@
 """The definition of the selective scan: one step after another, in the dtype it is given (float32 at least).
 
-    delta_t = softplus(delta_t + bias);  h_t = exp(delta_t A) h_{t-1} + delta_t B_t u_t;  y_t = C_t h_t + D u_t
+    delta_t = softplus(delta_t + bias)
+    h_t = exp(delta_t A) h_{t-1} + delta_t B_t u_t
+    y_t = C_t h_t + D u_t
 
 Axes: B batch, K groups, C channels a group, N state, L sequence.
 """
@@ -20,7 +22,7 @@ def selective_scan_reference(
     delta_bias: Tensor | None = None,
     delta_softplus: bool = True,
 ) -> Tensor:
-    """Scan u (B, K*C, L) with delta (B, K*C, L), A (K*C, N), B and C (B, K, N, L) -> (B, K*C, L), in u's dtype."""
+    """Scan u and delta (B, K*C, L) with A (K*C, N), B and C (B, K, N, L) -> (B, K*C, L), in u's dtype."""
     dtype = torch.promote_types(u.dtype, torch.float32)
     channels = u.shape[1] // B.shape[1]
     u_BDL, delta_BDL, A_DN = u.to(dtype), delta.to(dtype), A.to(dtype)

@@ -1,7 +1,7 @@
 """The four-direction scan on plain torch: all directions in one recurrence, gathered a chunk at a time.
 
-Tokens are brought to (L, B, C) once; a walk then copies whole rows of B*C numbers, so that no (B, 4C, L) tensor is
-made. The forward keeps the states between chunks, the backward recomputes the rest from them.
+Tokens are brought to (L, B, C) once; a walk then copies whole rows of B*C numbers, so that no (B, 4C, L) tensor
+is made. The forward keeps the states between chunks, the backward recomputes the rest from them.
 """
 
 from functools import lru_cache
@@ -29,7 +29,7 @@ class _Walk(NamedTuple):
 def _walks(pattern: str, height: int, width: int, chunk: int, device: torch.device) -> tuple[_Walk, ...]:
     tokens = scan_order(pattern, height, width).t()
     projections = tokens + torch.arange(4) * tokens.shape[0]
-    parts = zip(tokens.split(chunk), projections.split(chunk), strict=True)
+    parts = zip(torch.split(tokens, chunk), torch.split(projections, chunk), strict=True)
     return tuple(_Walk(len(t), t.flatten().to(device), p.flatten().to(device)) for t, p in parts)
 
 
@@ -61,7 +61,7 @@ def _by_direction(t: Tensor) -> Tensor:
 
 
 class _Operands:
-    """The inputs by rows: x (L, B*C), projections (4*L, B*P), and the small tensors as the recurrence wants them."""
+    """The inputs by rows, x (L, B*C) and projections (4*L, B*P), and the small ones as the recurrence wants."""
 
     def __init__(
         self,
@@ -102,7 +102,7 @@ class _Operands:
     def chunk(self, walk: _Walk) -> _Chunk:
         """Gather a walk's tokens and projections and project its time steps."""
         p = self.projected.index_select(0, walk.projections).view(walk.steps, 4, self.batch, self.inner)
-        dt, B, C = p.split([self.rank, self.state, self.state], dim=-1)
+        dt, B, C = torch.split(p, [self.rank, self.state, self.state], dim=-1)
         if self.rank == 1:
             z = torch.addcmul(self.bias, dt, self.weight.transpose(1, 2))
         else:

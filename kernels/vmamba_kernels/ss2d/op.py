@@ -1,8 +1,10 @@
-"""The four-direction scan as one custom op, so that compile, checkpointing and FLOP counters see the same thing.
+"""The four-direction scan as one custom op: compile, checkpointing and FLOP counters see the same thing.
 
 The op is functional and chooses its implementation here, once. It returns y and the states its adjoint needs.
 """
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -29,11 +31,12 @@ def ss2d_scan(
 ) -> Tensor:
     """Scan x (B, H, W, C) in four directions and add the outputs -> (B, H, W, C) in x's dtype.
 
-    projected (B, H, W, 4*(R+2N)) holds [dt R | B N | C N] of each direction for the un-permuted tokens; dt_weight is
-    (4, C, R), dt_bias (4, C), A (4*C, N) negative, D (4*C). The state is float32 at least.
+    projected (B, H, W, 4*(R+2N)) holds [dt R | B N | C N] of each direction for the un-permuted tokens;
+    dt_weight is (4, C, R), dt_bias (4, C), A (4*C, N) negative, D (4*C). The state is float32 at least.
     Raises ValueError for shapes or a pattern that do not fit, BackendError for a backend that cannot run here.
     """
     _check(x, projected, dt_weight, dt_bias, A, D, pattern)
+    y: Tensor
     y, _ = _ss2d_scan(x, projected, dt_weight, dt_bias, A, D, pattern, resolve_backend(backend, x.device))
     return y
 
@@ -60,7 +63,8 @@ def _check(
     for name, (tensor, shape) in wanted.items():
         if tensor.shape != shape:
             raise ValueError(
-                f"{name} is {tuple(tensor.shape)}; with x {tuple(x.shape)}, R={rank}, N={state} it must be {shape}"
+                f"{name} is {tuple(tensor.shape)}; "
+                f"with x {tuple(x.shape)}, R={rank}, N={state} it must be {shape}"
             )
 
 
@@ -142,15 +146,16 @@ def _backward(ctx: Any, grad_y: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
 _ss2d_scan.register_autograd(_backward, setup_context=_setup)
 
 
-def ss2d_flops(batch: int, height: int, width: int, channels: int, rank: int, state: int) -> int:
-    """Return the forward's FLOPs: the dt projection and the four scans, two a multiply-add."""
-    length = height * width
-    return 2 * batch * length * 4 * channels * rank + scan_flops(batch, 4 * channels, length, state, True)
+def ss2d_flops(x: Sequence[int], rank: int, state: int) -> int:
+    """Return the forward's FLOPs for x (B, H, W, C): the dt projection and four scans, two a multiply-add."""
+    batch, height, width, channels = x
+    sequences = (batch, 4 * channels, height * width)
+    return 2 * math.prod(sequences) * rank + scan_flops(sequences, state, True)
 
 
 @register_flop_formula(torch.ops.vmamba.ss2d_scan)
 def _flops(x: Any, projected: Any, dt_weight: Any, dt_bias: Any, A: Any, *args: Any, **kwargs: Any) -> int:
-    return ss2d_flops(*x, dt_weight[2], A[1])
+    return ss2d_flops(x, dt_weight[2], A[1])
 
 
 @register_flop_formula(torch.ops.vmamba.ss2d_scan_backward)
@@ -165,4 +170,4 @@ def _backward_flops(
     *args: Any,
     **kwargs: Any,
 ) -> int:
-    return 2 * ss2d_flops(*x, dt_weight[2], A[1])
+    return 2 * ss2d_flops(x, dt_weight[2], A[1])

@@ -20,7 +20,7 @@ def ss2d_scan_reference(
     *,
     pattern: str = "cross2d",
 ) -> Tensor:
-    """Scan x (B, H, W, C) in four directions and add -> (B, H, W, C), in x's dtype; arguments as ss2d_scan's."""
+    """Scan x (B, H, W, C) in four directions and add -> (B, H, W, C) in x's dtype; arguments as ss2d_scan's."""
     batch, height, width, channels = x.shape
     rank, state = dt_weight.shape[2], A.shape[1]
     dtype = torch.promote_types(x.dtype, torch.float32)
@@ -29,11 +29,11 @@ def ss2d_scan_reference(
     p_BLKP = projected.to(dtype).reshape(batch, height * width, 4, rank + 2 * state)
     x_BKCL = torch.stack([x_BLC[:, order_KL[k]] for k in range(4)], 1).transpose(2, 3)
     p_BKPL = torch.stack([p_BLKP[:, order_KL[k], k] for k in range(4)], 1).transpose(2, 3)
-    dt_BKRL, B_BKNL, C_BKNL = p_BKPL.split([rank, state, state], dim=2)
+    dt_BKRL, B_BKNL, C_BKNL = torch.split(p_BKPL, [rank, state, state], dim=2)
     delta_BKCL = dt_weight.to(dtype) @ dt_BKRL
     y_BDL = selective_scan_reference(
         x_BKCL.flatten(1, 2), delta_BKCL.flatten(1, 2), A, B_BKNL, C_BKNL, D, dt_bias.flatten()
     )
-    y_BKLC = y_BDL.unflatten(1, (4, channels)).transpose(2, 3)
+    y_BKLC = y_BDL.view(batch, 4, channels, -1).transpose(2, 3)
     y_BLC = torch.stack([y_BKLC[:, k, order_KL[k].argsort()] for k in range(4)]).sum(0)
     return y_BLC.view(x.shape).to(x.dtype)
