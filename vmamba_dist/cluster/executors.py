@@ -16,8 +16,8 @@ from vmamba_dist.config.schema import LaunchConfig
 
 
 def local_executor(folder: Path, launch: LaunchConfig) -> submitit.LocalExecutor:
-    """An executor that starts `launch.tasks` processes here and logs below `folder`/<job id>."""
-    executor = submitit.LocalExecutor(folder=folder / "%j")
+    """An executor that starts `launch.tasks` processes here and logs into `folder`."""
+    executor = submitit.LocalExecutor(folder=folder)
     limit_s = 60 * launch.time_limit_min
     executor.update_parameters(
         tasks_per_node=launch.tasks,

@@ -12,6 +12,7 @@ import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 from vmamba_dist.cluster import env
@@ -46,7 +47,7 @@ class Plan:
         head = {
             "run": str(self.run_dir),
             "where": kind,
-            "logs": f"{self.job_folder}/JOB/",
+            "logs": f"{self.job_folder}/START/",
             "command": command,
         }
         changed = [f"  {key}={value}" for key, value in _changes(self.config)]
@@ -94,20 +95,22 @@ def _run_here(intent: Plan) -> int:
 
 def _run_as_job(intent: Plan) -> int:
     launch = intent.config.launch
-    intent.job_folder.mkdir(parents=True, exist_ok=True)
-    start = uuid.uuid4().hex
-    tether = intent.job_folder / f"tether-{start}" if launch.follow else None
+    folder = (
+        intent.job_folder / f"{datetime.now():%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:6]}"
+    )  # of this start alone
+    folder.mkdir(parents=True)
     log = intent.run_dir / LOG
     since = log.stat().st_size if log.exists() else 0
+    tether = folder / "tether" if launch.follow else None
     work = TrainJob(
         config=to_dict(intent.config),
-        rendezvous=f"file://{intent.job_folder}/rendezvous-{start}",
+        rendezvous=f"file://{folder}/rendezvous",
         devices=env.visible_devices(),
         tether=str(tether) if tether else None,
     )
     with _held(tether) if tether else nullcontext():
         with shielded_from_terminal():
-            job = local_executor(intent.job_folder, launch).submit(work)
+            job = local_executor(folder, launch).submit(work)
         print(
             f"{launch.name}: job {job.job_id}, {_processes(launch.tasks)}, run {intent.config.run.dir}",
             flush=True,
