@@ -1,0 +1,39 @@
+"""What the stream hands over."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class BadSample:
+    """A sample that could not be used, and what took its place: a line of bad.jsonl.
+
+    In evaluation nothing takes its place: it is masked, and replacement_shard is "".
+    """
+
+    epoch: int
+    position: int
+    shard: str
+    index: int  # in the shard
+    key: str  # "" where even that is unknown
+    reason: str
+    replacement_shard: str = ""
+    replacement_index: int = -1
+    replacement_key: str = ""
+
+
+@dataclass
+class Batch:
+    """One rank's micro-batch, on the host, in position order."""
+
+    images: Tensor  # (B, 3, S, S) uint8
+    labels: Tensor  # (B,) int64
+    positions: Tensor  # (B,) int64: in the epoch, ascending; -1 where evaluation pads
+    keys: list[str]
+    step: int  # of the data: epoch · steps_per_epoch + update of the epoch
+    epoch: int
+    mask: Tensor | None = None  # (B,) bool, evaluation only: false is padding or a bad sample
+    bad: list[BadSample] = field(default_factory=list)

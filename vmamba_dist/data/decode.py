@@ -1,0 +1,68 @@
+"""Bytes of an image → an RGB image.
+
+Law: whatever bytes come in, the answer is an RGB image or DecodeError; nothing of the file is run, and no
+more than MAX_PIXELS are ever unpacked.
+
+What comes out: the orientation of EXIF is applied. Greyscale is repeated over three channels, 16-bit
+greyscale scaled to 8 first. A palette is looked up; CMYK and YCbCr are converted as Pillow does, without
+colour profiles. Alpha, and a palette's or PNG's transparent colour, lie over white.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+
+import numpy as np
+from PIL import Image, ImageOps
+
+FORMATS = ("JPEG", "PNG", "WEBP")  # Pillow's other readers are never asked: some start programs
+MAX_PIXELS = 89_478_485  # 256 MiB of RGB, Pillow's own line
+
+_PILLOW_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    KeyError,
+    IndexError,
+    AttributeError,
+    EOFError,
+    OverflowError,
+    MemoryError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+    Image.DecompressionBombWarning,
+)
+
+
+class DecodeError(ValueError):
+    """The bytes are not an image that can be used."""
+
+
+def decode(data: bytes) -> Image.Image:
+    """Decode a JPEG, PNG or WebP to RGB. Raises DecodeError."""
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        if image.width * image.height > MAX_PIXELS:
+            raise DecodeError(f"{image.width}×{image.height} px is more than {MAX_PIXELS} px")
+        image.load()
+        return _to_rgb(ImageOps.exif_transpose(image))
+    except DecodeError:
+        raise
+    except _PILLOW_ERRORS as error:  # a damaged file ends in any of these inside Pillow
+        raise DecodeError(f"undecodable image: {type(error).__name__}: {error}") from error
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if image.mode.startswith("I"):  # 16 bits
+        return Image.fromarray((np.asarray(image).astype(np.uint32) // 257).astype(np.uint8)).convert("RGB")
+    if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "La", "RGBa"):
+        over = image.convert("RGBA")
+        white = Image.new("RGBA", over.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, over).convert("RGB")
+    return image.convert("RGB")

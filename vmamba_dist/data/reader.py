@@ -1,0 +1,238 @@
+"""Positions → samples: blocks are read, elements decoded, bad ones replaced.
+
+Law: what a position yields depends on the shards and the order alone, never on who reads it or what was read
+before. A bad sample is replaced by the nearest earlier good element of its block, else the next one; a block
+without any good element is replaced element by element by its lane's previous block (the first block, which has
+none, by the next).
+
+A reader holds, for each lane it reads, the undecoded bytes of one block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from vmamba_dist.data.augment import borrowed_generator, sample_seed
+from vmamba_dist.data.batch import BadSample
+from vmamba_dist.data.decode import DecodeError, decode
+from vmamba_dist.data.order import EpochOrder
+from vmamba_dist.data.shards import Index, read_samples
+from vmamba_dist.data.sources import Fault, Raw, parse_label
+
+Transform = Callable[[Image.Image], Tensor]
+
+
+@dataclass
+class SubBatch:
+    """A reader's share of a micro-batch."""
+
+    images: Tensor  # (n, 3, S, S) uint8
+    labels: list[int]
+    keys: list[str]
+    bad: list[BadSample] = field(default_factory=list)
+
+
+class DataError(RuntimeError):
+    """The training data cannot be used; the message says where."""
+
+
+@dataclass
+class _Block:
+    slots: list[int]  # the block's order
+    places: list[tuple[int, int]]  # (shard, index in it) of each sample as it lies
+    samples: list[Raw | Fault]  # as they lie
+
+
+@dataclass(frozen=True)
+class _Good:
+    image: Image.Image
+    label: int
+    key: str
+
+
+class LaneReader:
+    """Reads an epoch's positions, in any order; ascending is cheap. Not for use from several threads."""
+
+    def __init__(
+        self,
+        index: Index,
+        transform: Transform,
+        *,
+        image_size: int,
+        seed: int,
+        lanes: int,
+        block: int,
+        known_bad: Iterable[BadSample] = (),
+    ) -> None:
+        self._index = index
+        self._lengths = np.asarray(index.lengths, dtype=np.int64)
+        self._transform = transform
+        self._image_size = image_size
+        self._seed, self._lanes, self._block_size = seed, lanes, block
+        self._known = {(bad.epoch, bad.position): bad for bad in known_bad}
+        self._shard_of = {shard.filename: i for i, shard in enumerate(index.shards)}
+        self._source = index.source()
+        self._order: EpochOrder | None = None
+        self._blocks: dict[int, tuple[int, _Block]] = {}
+        self._all_bad: set[tuple[int, int]] = set()  # (lane, block) of this epoch
+
+    def sub_batch(self, epoch: int, positions: Sequence[int]) -> SubBatch:
+        """Read, decode and transform the samples at `positions` of `epoch`.
+
+        Raises DataError where a whole lane has no good sample, OSError where the source itself fails.
+        """
+        order = self._begin(epoch)
+        size = self._image_size
+        batch = SubBatch(torch.empty((len(positions), 3, size, size), dtype=torch.uint8), [], [])
+        with borrowed_generator() as random:
+            for i, position in enumerate(positions):
+                good, bad = self._at(order, position)
+                random.manual_seed(sample_seed(self._seed, epoch, position))
+                batch.images[i] = self._transform(good.image)
+                batch.labels.append(good.label)
+                batch.keys.append(good.key)
+                if bad is not None:
+                    batch.bad.append(bad)
+        return batch
+
+    def close(self) -> None:
+        self._source.close()
+        self._blocks.clear()
+
+    def _begin(self, epoch: int) -> EpochOrder:
+        if self._order is None or self._order.epoch != epoch:
+            self._order = EpochOrder(self._seed, epoch, self._lengths, self._lanes, self._block_size)
+            self._blocks.clear()
+            self._all_bad.clear()
+        return self._order
+
+    def _at(self, order: EpochOrder, position: int) -> tuple[_Good, BadSample | None]:
+        lane, block, slot = order.place(position)
+        known = self._known.get((order.epoch, position))
+        if known is not None:
+            chosen = self._again(known)
+            if chosen is not None:
+                return chosen, known
+        held = self._blocks.get(lane)
+        if held is None or held[0] != block:
+            held = self._blocks[lane] = (block, self._load(order, lane, block))
+        content = held[1]
+        good = self._good(content, slot)
+        if isinstance(good, _Good):
+            return good, None
+        replacement, (shard, index) = self._replace(order, lane, block, slot, content)
+        own_shard, own_index = content.places[content.slots[slot]]
+        bad = BadSample(
+            epoch=order.epoch,
+            position=position,
+            shard=self._index.shards[own_shard].filename,
+            index=own_index,
+            key=good.key,
+            reason=good.reason,
+            replacement_shard=self._index.shards[shard].filename,
+            replacement_index=index,
+            replacement_key=replacement.key,
+        )
+        return replacement, bad
+
+    def _load(self, order: EpochOrder, lane: int, block: int) -> _Block:
+        places: list[tuple[int, int]] = []
+        samples: list[Raw | Fault] = []
+        for run in order.runs(lane, block):
+            samples += read_samples(self._source, self._index.offsets, run.shard, run.first, run.count)
+            places += [(run.shard, run.first + i) for i in range(run.count)]
+        return _Block(order.slots(lane, block), places, samples)
+
+    def _good(self, content: _Block, slot: int) -> _Good | Fault:
+        """Decode an element of a block, once: a fault is kept in the sample's place."""
+        at = content.slots[slot]
+        good = _decode(content.samples[at], self._index.num_classes)
+        if isinstance(good, Fault):
+            content.samples[at] = good
+        return good
+
+    def _replace(
+        self, order: EpochOrder, lane: int, block: int, slot: int, content: _Block
+    ) -> tuple[_Good, tuple[int, int]]:
+        for other in (*range(block, -1, -1), *range(block + 1, order.num_blocks(lane))):
+            if (lane, other) in self._all_bad:
+                continue
+            if other != block:
+                content = self._load(order, lane, other)
+            near = min(slot, len(content.slots) - 1)
+            # In another block the element of the same slot comes first; in its own it is the bad one.
+            for candidate in (*range(near, -1, -1), *range(near + 1, len(content.slots))):
+                good = self._good(content, candidate)
+                if isinstance(good, _Good):
+                    return good, content.places[content.slots[candidate]]
+            self._all_bad.add((lane, other))
+        raise DataError(
+            f"lane {lane} of epoch {order.epoch} has no usable sample at all in {order.num_blocks(lane)} blocks; "
+            "check the set with: vmamba shards verify"
+        )
+
+    def _again(self, known: BadSample) -> _Good | None:
+        """Re-use a choice of an earlier attempt; None where it no longer holds."""
+        shard = self._shard_of.get(known.replacement_shard)
+        if shard is None or not 0 <= known.replacement_index < self._lengths[shard]:
+            return None
+        sample = read_samples(self._source, self._index.offsets, shard, known.replacement_index, 1)[0]
+        good = _decode(sample, self._index.num_classes)
+        return good if isinstance(good, _Good) else None
+
+
+def _decode(sample: Raw | Fault, num_classes: int) -> _Good | Fault:
+    if isinstance(sample, Fault):
+        return sample
+    label = parse_label(sample, num_classes)
+    if isinstance(label, Fault):
+        return label
+    try:
+        return _Good(decode(sample.image), label, sample.key)
+    except DecodeError as error:
+        return Fault(str(error), sample.key)
+
+
+def read_in_file_order(
+    index: Index, transform: Transform, image_size: int, first: int, count: int, rows: int
+) -> tuple[SubBatch, list[bool]]:
+    """Read `count` samples from the set's `first`-th on, as they lie, into `rows` rows; for evaluation.
+
+    Returns the rows, and which of them hold a sample: padding and bad samples are zeros and false.
+    """
+    batch = SubBatch(
+        torch.zeros((rows, 3, image_size, image_size), dtype=torch.uint8), [0] * rows, [""] * rows
+    )
+    good_rows = [False] * rows
+    for row, (shard, at, sample) in enumerate(_samples_from(index, first, count)):
+        good = _decode(sample, index.num_classes)
+        if isinstance(good, Fault):
+            name = index.shards[shard].filename
+            batch.keys[row] = good.key
+            batch.bad.append(BadSample(0, first + row, name, at, good.key, good.reason))
+            continue
+        batch.images[row] = transform(good.image)
+        batch.labels[row], batch.keys[row], good_rows[row] = good.label, good.key, True
+    return batch, good_rows
+
+
+def _samples_from(
+    index: Index, first: int, count: int, at_once: int = 32
+) -> Iterator[tuple[int, int, Raw | Fault]]:
+    source = index.source()
+    end = first + count
+    start = 0
+    for shard, length in enumerate(index.lengths):
+        low, high = max(first - start, 0), min(end - start, length)
+        for at in range(low, high, at_once):
+            chunk = read_samples(source, index.offsets, shard, at, min(at_once, high - at))
+            for i, sample in enumerate(chunk):
+                yield shard, at + i, sample
+        start += length
+    source.close()

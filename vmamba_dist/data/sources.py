@@ -1,0 +1,203 @@
+"""Bytes of shards, and the samples in them.
+
+Law: a range is read by byte offset, never by passing over what lies before it; what is wrong with a sample
+is a value (Fault), the same for every reader; what is wrong with the source itself (an input/output error) is
+raised. No code runs from data: nothing here unpickles, and a sample that carries a pickle is a fault.
+
+Local files only: `Source` is the seam for object stores.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import tarfile
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from webdataset.tariterators import base_plus_ext, group_by_keys, tar_file_iterator
+
+from vmamba_dist.config.schema import ConfigError
+
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
+PICKLED = frozenset({"pkl", "pickle", "pyd", "pth", "pt", "joblib", "dill"})
+BLOCK = 512  # bytes: tar headers and contents start at multiples of it
+_SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]*):(?!\\)")
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Why a sample cannot be used; key is "" where even that is unknown."""
+
+    reason: str
+    key: str = ""
+
+
+@dataclass(frozen=True)
+class Raw:
+    """A sample as it lies in its tar."""
+
+    key: str
+    image: bytes
+    label: bytes
+    label_suffix: str  # cls | json
+
+
+def local_path(address: str) -> Path:
+    """Return the folder or file that a config names. Raises ConfigError for addresses that are not local."""
+    match = _SCHEME.match(address)
+    if match and match[1] == "pipe":
+        raise ConfigError(
+            f"{address!r}: pipe: addresses run a shell command and are refused; copy the shards to a local folder"
+        )
+    if match and match[1] != "file":
+        raise ConfigError(
+            f"{address!r}: {match[1]}: addresses cannot be read in this version; copy the shards to a local folder"
+        )
+    return Path(address.removeprefix("file://")).expanduser()
+
+
+class Source(Protocol):
+    """Where shards are read from."""
+
+    def read(self, shard: int, start: int, end: int) -> bytes:
+        """Read bytes [start, end) of a shard; fewer where it ends before."""
+
+    def close(self) -> None: ...
+
+
+class LocalSource:
+    """Shards in local files; keeps the few last used ones open. Not for use from several threads."""
+
+    def __init__(self, paths: Sequence[Path], max_open: int = 16) -> None:
+        self._paths = paths
+        self._max_open = max_open
+        self._open: OrderedDict[int, int] = OrderedDict()
+
+    def read(self, shard: int, start: int, end: int) -> bytes:
+        file = self._open.pop(shard, None)
+        if file is None:
+            if len(self._open) >= self._max_open:
+                os.close(self._open.popitem(last=False)[1])
+            file = os.open(self._paths[shard], os.O_RDONLY | os.O_CLOEXEC)
+        self._open[shard] = file
+        parts = []
+        while start < end and (part := os.pread(file, end - start, start)):
+            parts.append(part)
+            start += len(part)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def close(self) -> None:
+        while self._open:
+            os.close(self._open.popitem()[1])
+
+
+def samples(data: bytes, bounds: Sequence[int]) -> list[Raw | Fault]:
+    """Read the len(bounds) - 1 samples whose members fill data[bounds[i]:bounds[i+1]].
+
+    Through WebDataset's reader, in one pass; where that finds anything odd, sample by sample, so that a
+    damaged sample does not take its neighbours along.
+    """
+    count = len(bounds) - 1
+    if count > 1 and len(data) >= bounds[-1]:
+        try:
+            found = [_sample(group) for group in _groups(data)]
+        except (tarfile.TarError, ValueError):
+            found = []
+        if len(found) == count and all(isinstance(sample, Raw) for sample in found):
+            return found
+    return [_alone(data, bounds[i], bounds[i + 1]) for i in range(count)]
+
+
+def _alone(data: bytes, start: int, end: int) -> Raw | Fault:
+    if len(data) < end:
+        return Fault(f"the tar ends {end - len(data)} bytes too early")
+    try:
+        groups = list(_groups(data[start:end]))
+    except (tarfile.TarError, ValueError) as error:
+        return Fault(f"no readable tar members: {error}")
+    if len(groups) != 1:
+        return Fault(f"expected the members of one sample, found {len(groups)}")
+    return _sample(groups[0])
+
+
+def _groups(data: bytes) -> Iterator[dict[str, Any]]:
+    members = ({**member, "__url__": ""} for member in tar_file_iterator(io.BytesIO(data)))
+    return group_by_keys(members)  # type: ignore[no-any-return]
+
+
+def _sample(members: dict[str, Any]) -> Raw | Fault:
+    key = members["__key__"]
+    for suffix in members:
+        if suffix.rsplit(".", 1)[-1] in PICKLED:
+            return Fault(f"member .{suffix} may hold pickled code and is refused", key)
+    image = next((members[suffix] for suffix in IMAGE_SUFFIXES if suffix in members), None)
+    if image is None:
+        return Fault(f"no image member (.{', .'.join(IMAGE_SUFFIXES)})", key)
+    for suffix in ("cls", "json"):
+        if suffix in members:
+            return Raw(key, image, members[suffix], suffix)
+    return Fault("no label member (.cls, .json)", key)
+
+
+def parse_label(sample: Raw, num_classes: int) -> int | Fault:
+    """Read a label: `.cls` holds an integer as text, `.json` an object with an integer `label`."""
+    try:
+        if sample.label_suffix == "cls":
+            text = sample.label.decode("ascii").strip()
+            label: object = int(text) if re.fullmatch(r"[+-]?[0-9]{1,18}", text) else text
+        else:
+            content = json.loads(sample.label)
+            label = content.get("label") if isinstance(content, dict) else content
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        return Fault(f"unreadable label: {error}", sample.key)
+    if not isinstance(label, int) or isinstance(label, bool):
+        return Fault(f"label {str(label)[:40]!r} is not an integer", sample.key)
+    if not 0 <= label < num_classes:
+        return Fault(f"label {label} is outside 0 … {num_classes - 1}", sample.key)
+    return label
+
+
+@dataclass(frozen=True)
+class Scan:
+    """What the headers of a tar say."""
+
+    bounds: list[int]  # byte offset of each sample's first header, then the end of the last sample
+    keys: list[str]
+    whole: bool  # false where the tar breaks off or a header is unreadable
+
+
+def scan(path: Path) -> Scan:
+    """Find the samples of a tar in one pass over its headers; contents are skipped, not read."""
+    bounds: list[int] = []
+    keys: list[str] = []
+    size = path.stat().st_size
+    end = 0
+    with path.open("rb") as file:
+        try:
+            with tarfile.open(fileobj=file, mode="r:") as tar:
+                while end <= size and (member := tar.next()) is not None:
+                    end = member.offset_data + -(-member.size // BLOCK) * BLOCK
+                    key, _ = base_plus_ext(member.name)
+                    if (
+                        member.isreg()
+                        and key is not None
+                        and not _is_meta(member.name)
+                        and [key] != keys[-1:]
+                    ):
+                        bounds.append(member.offset)
+                        keys.append(key)
+                    tar.members = []  # type: ignore[attr-defined]  # keeps memory flat over a large tar
+        except tarfile.TarError:
+            return Scan([*bounds, end], keys, whole=False)
+        file.seek(end)
+        return Scan([*bounds, end], keys, whole=file.read(BLOCK) == bytes(BLOCK))
+
+
+def _is_meta(name: str) -> bool:
+    return re.match(r"__[^/]*__($|/)", name) is not None  # what WebDataset's reader passes over

@@ -1,0 +1,267 @@
+"""The training loop's samples, and evaluation's.
+
+Law: the state is (epoch, samples of it consumed, skipped step ranges), and it counts samples consumed, not
+samples read ahead. Batches are bit-equal for every number of workers, 0 included, and a world's batches together
+are the same positions with the same pixels whatever its size.
+
+Each worker yields uint8 sub-batches, its share of one micro-batch; the consumer takes one from each and puts
+them into position order.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+
+import numpy as np
+import torch
+
+from vmamba_dist.config.schema import AugmentConfig, ConfigError, DataConfig, EvalConfig
+from vmamba_dist.data import order
+from vmamba_dist.data.augment import EvalTransform, TrainTransform
+from vmamba_dist.data.batch import BadSample, Batch
+from vmamba_dist.data.reader import LaneReader, SubBatch, read_in_file_order
+from vmamba_dist.data.shards import Index
+from vmamba_dist.data.workers import Workers
+
+log = logging.getLogger(__name__)
+
+_MIB = 1 << 20
+_From = tuple[int, int, tuple[tuple[int, int], ...]]  # epoch, step of it, skipped ranges
+
+
+class TrainStream:
+    """One rank's micro-batches, for ever.
+
+    `lanes` is order.choose_lanes' answer, chosen once a run and recorded. `known_bad` are the lines of
+    bad.jsonl: their choices are used again. Raises ConfigError where the set, the batch and the world do not fit.
+    """
+
+    def __init__(
+        self,
+        index: Index,
+        data: DataConfig,
+        augment: AugmentConfig,
+        *,
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
+        lanes: int,
+        accumulate: int = 1,
+        known_bad: Iterable[BadSample] = (),
+        pin_memory: bool = False,
+    ) -> None:
+        order.check_batch(index.num_samples, data.global_batch, world, accumulate)
+        order.check_lanes(index.num_samples, lanes)
+        self.index = index
+        self.lanes = lanes
+        self.share = order.Share(data.global_batch, rank, world, accumulate)
+        self.steps_per_epoch = index.num_samples // data.global_batch
+        self.remainder = (
+            index.num_samples % data.global_batch
+        )  # samples at an epoch's end that none learns from
+        self._data = data
+        self._pin = pin_memory
+        self._reader = LaneReader(
+            index,
+            TrainTransform(augment, data.image_size),
+            image_size=data.image_size,
+            seed=seed,
+            lanes=lanes,
+            block=data.block,
+            known_bad=known_bad,
+        )
+        self._workers: Workers[SubBatch] | None = None
+        self._orders: list[Connection] = []  # to each worker, where to begin
+        self._unused = False  # the workers wait for their orders
+        if rank == 0:
+            self._log()
+
+    def _log(self) -> None:
+        readers = max(1, self._data.workers)
+        world = self.share.world
+        apart = order.readers_are_apart(self.lanes, world, self._data.workers)
+        open_lanes = self.lanes // (world * readers) if apart else self.lanes
+        block_mib = open_lanes * self._data.block * self.index.mean_bytes / _MIB
+        sub_mib = self.share.micro_batch / readers * 3 * self._data.image_size**2 / _MIB
+        ahead_mib = sub_mib * self._data.prefetch if self._data.workers else 0.0
+        log.info(
+            "data: %d samples in %d shards, %d lanes of blocks of %d; %d updates an epoch, %d samples of it unused; "
+            "%d reader%s a rank, %d lanes open in each, %.1f MiB of blocks and %.1f MiB read ahead",
+            *(self.index.num_samples, len(self.index.shards), self.lanes, self._data.block),
+            *(self.steps_per_epoch, self.remainder),
+            *(readers, "s" * (readers > 1), open_lanes, block_mib, ahead_mib),
+        )
+        if not apart:
+            log.info(
+                "data: %d ranks × %d readers do not divide the %d pairs of lanes, so blocks are read by several "
+                "readers: the same samples, read more slowly",
+                *(world, readers, self.lanes // 2),
+            )
+
+    def start(self) -> None:
+        """Fork the workers, which then wait. Best before the process group and CUDA; else batches() does it."""
+        if self._workers is None and self._data.workers:
+            ends = [Pipe(duplex=False) for _ in range(self._data.workers)]
+            self._orders = [send for _, send in ends]
+            receive = [receive for receive, _ in ends]
+
+            def produce(worker: int) -> Iterator[SubBatch]:
+                yield from self._sub_batches(receive[worker].recv(), worker)  # waits at its first item
+
+            self._workers = Workers(produce, self._data.workers, self._data.prefetch)
+            self._unused = True
+            for end in receive:
+                end.close()
+
+    def batches(
+        self, epoch: int = 0, offset: int = 0, skipped: Sequence[tuple[int, int]] = ()
+    ) -> Iterator[Batch]:
+        """Yield this rank's micro-batches from `offset` samples into `epoch` on, over epochs without end.
+
+        An update is `accumulate` of them, together with those of the other ranks. `skipped` are half-open
+        ranges [first, end) of data steps (epoch · steps_per_epoch + update) to leave out. A new call takes
+        over from the one before. Raises ConfigError for an offset that is no whole number of updates,
+        DataError and OSError as LaneReader does, RuntimeError for a dead worker.
+        """
+        if (
+            offset % self.share.global_batch
+            or not 0 <= offset <= self.steps_per_epoch * self.share.global_batch
+        ):
+            raise ConfigError(
+                f"{offset} samples into an epoch is no place between updates of {self.share.global_batch} samples "
+                f"({self.steps_per_epoch} an epoch)"
+            )
+        begin = (epoch, offset // self.share.global_batch, tuple((first, end) for first, end in skipped))
+        if not self._data.workers:
+            return self._read_here(begin)
+        if not self._unused:
+            self.close()
+        self.start()
+        self._unused = False
+        for to_worker in self._orders:
+            to_worker.send(begin)
+        return self._gather(begin)
+
+    def close(self) -> None:
+        """End the workers and close the files; batches() starts them anew."""
+        if self._workers is not None:
+            if self._unused:
+                for end in self._orders:
+                    end.send(None)
+            self._workers.close()
+            self._workers = None
+        for end in self._orders:
+            end.close()
+        self._orders = []
+        self._reader.close()
+
+    def _schedule(self, begin: _From) -> Iterator[tuple[int, int, order.Ints]]:
+        """Yield (epoch, step of it, positions) of each of this rank's micro-batches."""
+        for epoch, step in order.updates(self.steps_per_epoch, *begin):
+            for micro in range(self.share.accumulate):
+                yield epoch, step, self.share.positions(step, micro)
+
+    def _sub_batches(self, begin: _From | None, worker: int) -> Iterator[SubBatch]:
+        if begin is None:  # closed before it was used
+            return
+        for epoch, _, positions in self._schedule(begin):
+            mine = positions[self._worker_of(positions) == worker]
+            yield self._reader.sub_batch(epoch, mine.tolist())
+
+    def _worker_of(self, positions: order.Ints) -> order.Ints:
+        return order.worker_of(positions, self.share.world, self._data.workers)
+
+    def _read_here(self, begin: _From) -> Iterator[Batch]:
+        for epoch, step, positions in self._schedule(begin):
+            sub = self._reader.sub_batch(epoch, positions.tolist())
+            yield self._batch(epoch, step, positions, sub)
+
+    def _gather(self, begin: _From) -> Iterator[Batch]:
+        workers = self._workers
+        assert workers is not None
+        for epoch, step, positions in self._schedule(begin):
+            parts = [next(workers) for _ in range(self._data.workers)]
+            if len(parts) == 1:
+                yield self._batch(epoch, step, positions, parts[0])
+                continue
+            whole = SubBatch(self._empty(len(positions)), [0] * len(positions), [""] * len(positions))
+            owner = self._worker_of(positions)
+            for worker, part in enumerate(parts):
+                rows = np.flatnonzero(owner == worker)
+                whole.images[torch.from_numpy(rows)] = part.images
+                for row, label, key in zip(rows.tolist(), part.labels, part.keys, strict=True):
+                    whole.labels[row], whole.keys[row] = label, key
+                whole.bad += part.bad
+            whole.bad.sort(key=lambda bad: bad.position)
+            yield self._batch(epoch, step, positions, whole)
+
+    def _empty(self, rows: int) -> torch.Tensor:
+        size = self._data.image_size
+        return torch.empty((rows, 3, size, size), dtype=torch.uint8, pin_memory=self._pin)
+
+    def _batch(self, epoch: int, step: int, positions: order.Ints, sub: SubBatch) -> Batch:
+        images = sub.images
+        if self._pin and not images.is_pinned():
+            images = self._empty(len(positions)).copy_(images)
+        return Batch(
+            images=images,
+            labels=torch.tensor(sub.labels),
+            positions=torch.from_numpy(positions),
+            keys=sub.keys,
+            step=epoch * self.steps_per_epoch + step,
+            epoch=epoch,
+            bad=sub.bad,
+        )
+
+
+def eval_batches(
+    index: Index,
+    evaluate: EvalConfig,
+    image_size: int,
+    *,
+    rank: int = 0,
+    world: int = 1,
+    workers: int = 0,
+    prefetch: int = 2,
+    interpolation: str = "bicubic",
+) -> Iterator[Batch]:
+    """Yield one rank's share of an evaluation: over all ranks every sample exactly once, as they lie.
+
+    Every rank yields the same number of batches of the same shapes. Batch.mask is false for padding (position
+    -1) and for a bad sample, which also stands in Batch.bad. Workers are forked for each evaluation.
+    """
+    transform = EvalTransform(image_size, evaluate.crop, interpolation)
+    share = math.ceil(index.num_samples / world)
+    num_batches = math.ceil(share / evaluate.batch)
+
+    def batch(i: int) -> Batch:
+        rows = min(evaluate.batch, share - i * evaluate.batch)
+        first = rank * share + i * evaluate.batch
+        count = max(0, min(rows, index.num_samples - first))
+        sub, good = read_in_file_order(index, transform, image_size, first, count, rows)
+        positions = torch.full((rows,), -1, dtype=torch.int64)
+        positions[:count] = torch.arange(first, first + count)
+        return Batch(
+            sub.images,
+            torch.tensor(sub.labels),
+            positions,
+            sub.keys,
+            i,
+            0,
+            mask=torch.tensor(good),
+            bad=sub.bad,
+        )
+
+    if not workers:
+        yield from map(batch, range(num_batches))
+        return
+    workers = min(workers, num_batches)
+    pool = Workers(lambda worker: map(batch, range(worker, num_batches, workers)), workers, prefetch)
+    try:
+        yield from pool
+    finally:
+        pool.close()
