@@ -23,10 +23,11 @@ from vmamba_dist.core.precision import autocast, be_deterministic, compute_dtype
 from vmamba_dist.core.rundir import RunDir
 from vmamba_dist.core.state import TrainState
 from vmamba_dist.data.augment import DeviceTransform, Normalize
+from vmamba_dist.data.badlog import BadLog
+from vmamba_dist.data.batch import Batch
 from vmamba_dist.data.order import choose_lanes
 from vmamba_dist.data.shards import Index
-from vmamba_dist.data.batch import Batch
-from vmamba_dist.data.stream import BadLog, TrainStream, eval_batches
+from vmamba_dist.data.stream import TrainStream, eval_batches
 from vmamba_dist.evaluation.classification import ClassificationEvaluator
 from vmamba_dist.models import create_model, flops
 from vmamba_dist.objectives.base import Inputs, LossTerms
@@ -66,7 +67,7 @@ def assembled(cfg: Config, sources: Sources, world: World, stop: StopRequest) ->
             run_dir, cfg.checkpoint, world, metric=best_metric(cfg.eval, has_ema=ema is not None)
         )
         identity = trajectory(cfg) | {
-            "data.train (content)": sources.fingerprint,
+            "data.train (content)": sources.train.fingerprint(),
             "num_classes (resolved)": sources.num_classes,
         }
         tensors = engine.state() | (ema.state() if ema is not None else {})
@@ -105,12 +106,16 @@ def assembled(cfg: Config, sources: Sources, world: World, stop: StopRequest) ->
             world=world.size,
             lanes=state.lanes,
             accumulate=sources.accumulate,
-            num_classes=sources.num_classes,
-            known_bad=bad_log.known(),
+            known_bad=bad_log.known,
+            pin_memory=world.device.type == "cuda",
         )
         closing.callback(stream.close)
         feed = Feed(
-            _shown(stream.batches(state.epoch, state.offset, state.skipped), writers, cfg.telemetry.images),
+            _shown(
+                stream.batches(state.epoch, state.offset, [(a, b) for a, b in state.skipped]),
+                writers,
+                cfg.telemetry.images,
+            ),
             DeviceTransform(
                 cfg.augment, sources.num_classes, cfg.objective.label_smoothing, seed=cfg.run.seed
             ),
@@ -185,7 +190,6 @@ def build_evaluator(cfg: Config, index: Index, num_classes: int, world: World) -
             cfg.eval,
             image_size=cfg.data.image_size,
             interpolation=cfg.augment.interpolation,
-            num_classes=num_classes,
             rank=world.rank,
             world=world.size,
             workers=cfg.data.workers,

@@ -43,7 +43,7 @@ def train(run: Run) -> Outcome:
             with engine.microbatch(sync=last):
                 terms = engine(inputs)
                 engine.backward(terms.total / run.accumulate)
-            losses.append(terms.total)
+            losses.append(terms.total.detach())
             data_step = inputs.step
         update = engine.update(run.clip)  # applies only where the norm is finite, decided on the device
         state.advance(samples=run.batch_size, data_step=data_step, steps_per_epoch=run.steps_per_epoch)

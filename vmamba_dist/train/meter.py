@@ -87,7 +87,7 @@ class Meter:
         step_time, self._last = now - self._last, now
         before = self.drain()
         device = self._world.device
-        loss = torch.stack([x.detach().double() for x in losses]).mean()
+        loss = torch.stack(losses).double().mean()
         host = torch.tensor([waited / step_time, float(bad), float(stop)], dtype=torch.float64)
         sums = torch.cat([loss.reshape(1), host.to(device, non_blocking=True)])
         work = dist.all_reduce(sums, async_op=True) if dist.is_initialized() else None

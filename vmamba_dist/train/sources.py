@@ -6,13 +6,10 @@ Law: everything here is a function of the config, the shards and the world size,
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from vmamba_dist.config.schema import Config, ConfigError, EvalConfig
 from vmamba_dist.data.order import check_batch, choose_accumulate
-from vmamba_dist.data.shards import Index, check_index, list_splits, read_index
-
-_EVAL_SPLITS = ("val", "validation", "test")
+from vmamba_dist.data.shards import Index, read_index
 
 
 @dataclass(frozen=True)
@@ -24,18 +21,12 @@ class Sources:
     num_classes: int
     accumulate: int
 
-    @property
-    def fingerprint(self) -> str:
-        """Of the training shards' content: a resume must find the same."""
-        return self.train.fingerprint()
-
 
 def open_sources(cfg: Config, world_size: int) -> Sources:
     """Read and check the indices. Raises ConfigError naming the key, the numbers and the fix."""
     if not cfg.data.train:
         raise ConfigError("data.train is not set: give a folder of shards, as `vmamba shards pack` makes it")
-    train = read_index(Path(cfg.data.train), cfg.data.split)
-    check_index(train)
+    train = read_index(cfg.data.train, cfg.data.split)
     accumulate = choose_accumulate(cfg.data.global_batch, world_size, cfg.parallel.micro_batch)
     check_batch(train.num_samples, cfg.data.global_batch, world_size, accumulate)
     evaluation = open_evaluation(cfg.eval, default=cfg.data.train)
@@ -45,19 +36,7 @@ def open_sources(cfg: Config, world_size: int) -> Sources:
 
 def open_evaluation(cfg: EvalConfig, *, default: str) -> Index:
     """Read and check the index of the evaluation split."""
-    folder = Path(cfg.data or default)
-    split = cfg.split
-    if split == "auto":
-        known = list_splits(folder)
-        split = next((s for s in _EVAL_SPLITS if s in known), "")
-        if not split:
-            raise ConfigError(
-                f"eval.split=auto: {folder} has none of {', '.join(_EVAL_SPLITS)}, only {', '.join(known)}; "
-                "name one, or give eval.data another folder"
-            )
-    index = read_index(folder, split)
-    check_index(index)
-    return index
+    return read_index(cfg.data or default, cfg.split, key="eval.data" if cfg.data else "data.train")
 
 
 def count_classes(cfg: Config, train: Index) -> int:

@@ -1,0 +1,81 @@
+"""A config is what defaults, YAML and words say, and nothing unknown or out of range gets in."""
+
+import dataclasses
+import typing
+from pathlib import Path
+
+import pytest
+
+from vmamba_dist.config import Config, ConfigError, from_dict, load, to_dict, to_yaml, trajectory
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_words_win_over_yaml_and_yaml_over_defaults(tmp_path: Path) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text("optim: {lr: 2e-3, clip: 1}\nrun: {seed: 3}\n")
+    cfg = load([f"config={file}", "run.seed=4"])
+    assert (cfg.optim.lr, cfg.optim.clip, cfg.run.seed) == (2e-3, 1.0, 4)
+    assert cfg.optim.weight_decay == Config().optim.weight_decay
+
+
+def test_what_is_written_loads_to_the_same(tmp_path: Path) -> None:
+    cfg = load(["augment.crop_scale=[0.2, 1]", "run.max_steps=7", "model.drop_path=0.1"])
+    file = tmp_path / "b.yaml"
+    file.write_text(to_yaml(cfg))
+    assert load([f"config={file}"]) == cfg == from_dict(to_dict(cfg))
+
+
+@pytest.mark.parametrize(
+    ("word", "says"),
+    [
+        ("optim.rl=1", "optim.rl=1: unknown key; did you mean optim.lr?"),
+        ("optmi.lr=1", "did you mean optim"),
+        ("run=3", "run=3: this is a group"),
+        ("optim.lr=abc", "optim.lr='abc': expected float"),
+        ("optim.lr=.nan", "optim.lr=nan: give a finite number"),
+        ("optim.lr=-1", "optim.lr=-1.0: use more than 0"),
+        ("data.global_batch=3", "data.global_batch=3: use an even number"),
+        ("data.image_size=33", "data.image_size=33: use a multiple of 4"),
+        ("data.workers=true", "data.workers=True: expected int, got bool"),
+        ("parallel.engine=fsdp", "parallel.engine='fsdp': choose one of ddp"),
+        ("augment.mean=[1,2]", "augment.mean=[1, 2]: give a list of 3 numbers"),
+        ("lr", "'lr' is not key=value"),
+        ("config=nowhere.yaml", "config=nowhere.yaml: no such file; shipped configs:"),
+    ],
+)
+def test_a_mistake_names_the_key_the_value_and_the_fix(word: str, says: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load([word])
+    assert says in str(caught.value)
+
+
+def test_broken_yaml_is_a_config_error(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("optim: [1, 2\n")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load([f"config={file}"])
+
+
+def test_only_what_changes_the_trajectory_is_in_the_digest() -> None:
+    def keys(word: str) -> set[str]:
+        before, after = trajectory(Config()), trajectory(load([word]))
+        return {k for k in before if before[k] != after[k]}
+
+    assert keys("optim.lr=1") == {"optim.lr"}
+    for word in ("run.dir=x", "run.max_steps=3", "data.workers=0", "parallel.recompute=block", "launch.tasks=4",
+                 "telemetry.images=0", "checkpoint.keep=9", "eval.every_epochs=2", "data.train=elsewhere"):  # fmt: skip
+        assert keys(word) == set(), word
+
+
+def test_every_group_and_field_is_documented_where_it_is_defined() -> None:
+    source = (ROOT / "vmamba_dist/config/schema.py").read_text()
+    for group, cls in typing.get_type_hints(Config).items():
+        assert cls.__doc__, group
+        for field in dataclasses.fields(cls):
+            assert f"    {field.name}: " in source, (group, field.name)
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda p: p.stem)
+def test_shipped_configs_load(file: Path) -> None:
+    load([f"config={file}"])
