@@ -81,6 +81,7 @@ def test_an_override_changes_the_architecture() -> None:
     model = create_model("vmamba_atto", dims=[8, 24], depths=[1, 2], d_state=3, mlp_ratio=0, gate=True)
     assert model(_images(1, 12, 8)).shape == (1, 1000)
     assert (model.num_features, model.num_blocks) == (24, 3)
+    assert get_variant("vanilla_vmamba_tiny", dims=16, depths=(1, 1, 2)).dims == (16, 32, 64)
 
 
 @pytest.mark.parametrize(
@@ -100,8 +101,8 @@ def test_an_override_changes_the_architecture() -> None:
         (
             lambda: create_model("vmamba_atto", scan_pattern="cross"),
             r"scan_pattern='cross': use one of cross2d",
-        ),  # type: ignore[arg-type]
-        (lambda: create_model("vmamba_atto", scan_backend="cuda"), r"scan_backend='cuda': use one of auto"),  # type: ignore[arg-type]
+        ),
+        (lambda: create_model("vmamba_atto", scan_backend="cuda"), r"scan_backend='cuda': use one of auto"),
         (lambda: create_model("vmamba_atto", num_classes=-1), r"num_classes=-1"),
         (lambda: _atto()(torch.zeros(1, 3, 32, 30)), r"32x30 px.*multiples of 4.*32x32"),
         (lambda: _atto()(torch.zeros(1, 1, 32, 32)), r"\(1, 1, 32, 32\).*\(B, 3, H, W\)"),
@@ -124,7 +125,7 @@ def test_rates_rise_linearly_over_all_blocks() -> None:
 
 def test_masks_scale_the_two_branches_of_each_block() -> None:
     block = Block(16, get_variant("vmamba_atto"), "cross2d", "auto")
-    block.load_state_dict(_atto().layers[0].blocks[0].state_dict())  # type: ignore[union-attr, index]
+    block.load_state_dict(_atto().layers[0].blocks[0].state_dict())
     x, keep = uniform("tokens", (2, 3, 5, 16)).float(), torch.tensor([[0.0, 1.5], [2.0, 0.0]])
     first = x + keep[:, 0].view(2, 1, 1, 1) * block.op(block.norm(x))
     second = first + keep[:, 1].view(2, 1, 1, 1) * block.mlp(block.norm2(first))
@@ -285,7 +286,7 @@ def test_the_recurrence_computes_in_float32_under_bfloat16(monkeypatch: pytest.M
     model, x = _atto(), _images(1, 32, 32)
     residual: list[torch.dtype] = []
     for stage in model.layers:
-        stage.blocks[0].register_forward_hook(lambda _m, _i, y: residual.append(y.dtype))  # type: ignore[union-attr, index]
+        stage.blocks[0].register_forward_hook(lambda _m, _i, y: residual.append(y.dtype))
     with torch.autocast("cpu", torch.bfloat16):
         model(x)
     tokens, recurrence = torch.bfloat16, torch.float32
@@ -332,15 +333,15 @@ def test_features_can_be_chosen_normalised_and_cut_short() -> None:
     final, every = model.forward_intermediates(x, output_fmt="NHWC")
     ran: list[int] = []
     for i, stage in enumerate(model.layers):
-        stage.blocks[0].register_forward_hook(lambda *_, i=i: ran.append(i))  # type: ignore[union-attr, index]
+        stage.blocks[0].register_forward_hook(lambda *_, i=i: ran.append(i))
     two = model.forward_intermediates(x, [0, -3], stop_early=True, output_fmt="NHWC", intermediates_only=True)
     assert ran == [0, 1]
     assert all(torch.equal(a, b) for a, b in zip(two, every[:2], strict=True))
     last, early = model.forward_intermediates(x, [1], stop_early=True, output_fmt="NHWC")
-    assert torch.equal(last, early[0])  # type: ignore[arg-type]
+    assert torch.equal(last, early[0])
     normed = model.forward_intermediates(x, 2, norm=True, output_fmt="NHWC", intermediates_only=True)
     assert torch.equal(normed[0], every[2])
-    assert torch.equal(normed[1], final)  # type: ignore[arg-type]
+    assert torch.equal(normed[1], final)
     kept = model.forward_intermediates(x, keep=torch.zeros(1, 10), output_fmt="NHWC", intermediates_only=True)
     torch.testing.assert_close(kept[0], model.patch_embed(x))
 
@@ -365,7 +366,7 @@ def test_the_head_can_be_replaced() -> None:
     model.reset_classifier(3)
     assert model(x).shape == (2, 3)
     assert model.num_classes == 3
-    assert model.get_classifier().weight.std() > 0  # type: ignore[union-attr, operator]
+    assert model.get_classifier().weight.std() > 0
     model.reset_classifier(0)
     torch.testing.assert_close(model(x), pooled)
     model.reset_classifier(0, global_pool="")

@@ -62,8 +62,10 @@ def test_a_checkpoint_is_unwrapped_by_its_key() -> None:
     assert _equal(export_official(model), averaged)
     with pytest.raises(ValueError, match=r"key='ema'.*model, model_ema"):
         load_official(model, checkpoint, key="ema")
-    with pytest.raises(ValueError, match=r"key='model'.*it holds model_ema"):
+    with pytest.raises(ValueError, match=r"key='model'.*holds model_ema"):
         load_official(model, {"model_ema": averaged})
+    with pytest.raises(ValueError, match=r"key='model_ema'.*holds none"):
+        load_official(model, raw, key="model_ema")
 
 
 def test_linears_may_be_stored_as_1x1_convolutions() -> None:

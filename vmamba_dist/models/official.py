@@ -86,10 +86,9 @@ def _weights(state_dict: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     if key in nested:
         weights: Mapping[str, Any] = state_dict[key]
         return weights
-    if key != "model" or "model_ema" in nested:
-        raise ValueError(
-            f"key={key!r}: the checkpoint has no such weights; it holds {', '.join(nested) or 'none'}"
-        )
+    if nested or key != "model":
+        held = ", ".join(nested) or "none"
+        raise ValueError(f"key={key!r}: no weights are under it; under a key the checkpoint holds {held}")
     return state_dict
 
 

@@ -142,7 +142,7 @@ class SS2D(nn.Module):
     def _cascade(self, u_BHWD: Tensor) -> Tensor:
         """Scan every row on its own with directions 0 and 1, then every column with 2 and 3."""
         rows_BHWD = self._scan_lines(self._plain_norm(u_BHWD), first=0)
-        columns_BWHD = self._plain_norm(rows_BHWD).to(u_BHWD.dtype).transpose(1, 2)
+        columns_BWHD = self._plain_norm(rows_BHWD).transpose(1, 2)
         return self._scan_lines(columns_BWHD, first=2).transpose(1, 2)
 
     def _plain_norm(self, x: Tensor) -> Tensor:

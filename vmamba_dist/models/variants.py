@@ -98,8 +98,8 @@ def _round_up(size: int) -> int:
     return max(STRIDE, math.ceil(size / STRIDE) * STRIDE)
 
 
-def _doubling(first: int) -> tuple[int, ...]:
-    return (first, 2 * first, 4 * first, 8 * first)
+def _doubling(first: int, stages: int = 4) -> tuple[int, ...]:
+    return tuple(first << stage for stage in range(stages))
 
 
 def _final(first: int, depths: tuple[int, ...], drop_path: float, ssm_ratio: float = 1.0) -> Variant:
@@ -152,14 +152,20 @@ def list_models() -> list[str]:
 
 
 def get_variant(name: str, **overrides: Any) -> Variant:
-    """Return the row of a name, with fields replaced; raises ValueError naming the nearest known name."""
+    """Return the row of a name, with fields replaced; one number for `dims` doubles from stage to stage.
+
+    Raises ValueError naming the nearest known name or option.
+    """
     if name not in _VARIANTS:
         raise ValueError(f"model {name!r} is unknown{_nearest(name, list(_VARIANTS))}")
     known = [f.name for f in fields(Variant)]
     for key in overrides:
         if key not in known:
             raise ValueError(f"{key}={overrides[key]!r}: a model has no such option{_nearest(key, known)}")
-    return replace(_VARIANTS[name], **overrides)
+    row = _VARIANTS[name]
+    if isinstance(overrides.get("dims"), int):
+        overrides["dims"] = _doubling(overrides["dims"], len(overrides.get("depths", row.depths)))
+    return replace(row, **overrides)
 
 
 def _nearest(word: str, known: list[str]) -> str:

@@ -275,24 +275,22 @@ class VMamba(nn.Module):
         x = self.patch_embed(x.contiguous(memory_format=torch.channels_last))
         outputs: list[Tensor] = []
         first = 0
-        for stage in self.layers[:num_stages]:
-            assert isinstance(stage, Stage)
-            if outputs:
-                x = self._downsamplers(len(outputs) - 1)(x)
+        for stage in self._stage_list()[:num_stages]:
             for i, block in enumerate(stage.blocks, start=first):
                 mask = None if keep is None else keep[:, 2 * i : 2 * i + 2]
                 if self.grad_checkpointing and torch.is_grad_enabled():
+                    # The block draws nothing at random: its generator state need not be kept.
                     x = checkpoint(block, x, mask, use_reentrant=False, preserve_rng_state=False)
                 else:
                     x = block(x, mask)
             first += len(stage.blocks)
             outputs.append(x)
+            if len(outputs) < num_stages:
+                x = stage.downsample(x)
         return outputs
 
-    def _downsamplers(self, stage: int) -> nn.Module:
-        layer = self.layers[stage]
-        assert isinstance(layer, Stage)
-        return layer.downsample
+    def _stage_list(self) -> list[Stage]:
+        return [stage for stage in self.layers if isinstance(stage, Stage)]
 
     def _draw_keep(self, x: Tensor) -> Tensor | None:
         if not self.training or self.variant.drop_path_rate == 0:
