@@ -157,5 +157,5 @@ def value_and_gradients(
     """Call function on inputs cast to dtype (all but dy, in order) and return "y" and each input's gradient by name."""
     leaves = {k: v.to(dtype, copy=True).requires_grad_() for k, v in inputs.items() if k != "dy"}
     y = function(**leaves)
-    gradients = torch.autograd.grad(y, list(leaves.values()), inputs["dy"].to(y.dtype))
-    return {"y": y.detach(), **dict(zip(leaves, gradients, strict=True))}
+    torch.autograd.backward(y, inputs["dy"].to(y.dtype))
+    return {"y": y.detach(), **{name: t.grad for name, t in leaves.items() if t.grad is not None}}

@@ -24,7 +24,10 @@ def num_chunks(u: Tensor, A: Tensor) -> int:
 
 
 def _time_major(t: Tensor, dtype: torch.dtype) -> Tensor:
-    """Copy (B, X, L) to (L, B, X); as a matrix transpose, which torch blocks for the cache."""
+    """Bring (B, X, L) to (L, B, X) by a matrix transpose, which torch blocks for the cache.
+
+    The result may share the input's memory (L = 1, or one channel of one sample): read it, never write to it.
+    """
     batch, width, length = t.shape
     return t.to(dtype).reshape(batch * width, length).t().contiguous().view(length, batch, width)
 
@@ -46,7 +49,7 @@ class _Operands:
         self.x = _time_major(u, dtype).view(shape)
         self.z = _time_major(delta, dtype).view(shape)
         if bias is not None:
-            self.z += bias.to(dtype).view(shape[2:])
+            self.z = self.z + bias.to(dtype).view(shape[2:])
         self.A = A.to(dtype).t().reshape(state, 1, *shape[2:]).contiguous()
         self.B = B.to(dtype).permute(3, 2, 0, 1).unsqueeze(-1).contiguous()
         self.C = C.to(dtype).permute(3, 2, 0, 1).unsqueeze(-1).contiguous()

@@ -41,7 +41,7 @@ def num_chunks(x: Tensor, A: Tensor) -> int:
 
 
 def _token_major(t: Tensor, dtype: torch.dtype) -> Tensor:
-    """Copy (B, H, W, C) to (L, B*C)."""
+    """Bring (B, H, W, C) to (L, B*C); a view where B is 1."""
     return t.to(dtype).permute(1, 2, 0, 3).reshape(t.shape[1] * t.shape[2], -1)
 
 
@@ -139,7 +139,7 @@ def forward(
         states[i] = state
         c = op.chunk(walk)
         y_chunk, state = chunk_forward(c.x, c.z, op.A, c.B, c.C, state, True)
-        y.index_add_(0, walk.tokens, y_chunk.view(-1, y.shape[1]))
+        y.index_add_(0, walk.tokens, y_chunk.view(len(walk.tokens), y.shape[1]))
     return op.image(y, x.dtype), states
 
 
@@ -169,12 +169,12 @@ def backward(
         grads = chunk_backward(c.x, c.z, op.A, c.B, c.C, states[i], True, op.tokens(g, walk), d_state)
         d_state = grads.state
         d_A += grads.A
-        d_x.index_add_(0, walk.tokens, grads.x.view(-1, d_x.shape[1]))
+        d_x.index_add_(0, walk.tokens, grads.x.view(len(walk.tokens), d_x.shape[1]))
         d_bias += grads.z.sum(0).sum(1, keepdim=True)
         d_weight_chunk, d_dt = op.projection_gradients(grads.z, c.dt)
         d_weight += d_weight_chunk
         d_p = torch.cat([d_dt, grads.B.permute(0, 2, 3, 1), grads.C.permute(0, 2, 3, 1)], dim=-1)
-        d_projected.index_copy_(0, walk.projections, d_p.view(-1, d_projected.shape[1]))
+        d_projected.index_copy_(0, walk.projections, d_p.view(len(walk.projections), d_projected.shape[1]))
     d_projected = d_projected.view(4, op.length, op.batch, op.inner).permute(2, 1, 0, 3)
     return (
         op.image(d_x, x.dtype),

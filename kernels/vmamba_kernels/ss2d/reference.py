@@ -34,6 +34,6 @@ def ss2d_scan_reference(
     y_BDL = selective_scan_reference(
         x_BKCL.flatten(1, 2), delta_BKCL.flatten(1, 2), A, B_BKNL, C_BKNL, D, dt_bias.flatten()
     )
-    y_BKLC = y_BDL.view(batch, 4, channels, -1).transpose(2, 3)
+    y_BKLC = y_BDL.view(batch, 4, channels, height * width).transpose(2, 3)
     y_BLC = torch.stack([y_BKLC[:, k, order_KL[k].argsort()] for k in range(4)]).sum(0)
     return y_BLC.view(x.shape).to(x.dtype)
