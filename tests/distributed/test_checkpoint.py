@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import pickle
 import random
 import resource
 import signal
@@ -160,9 +161,6 @@ def test_sharded_tensors_load_at_another_world_size(tmp_path: Path) -> None:
     assert world(2).run(load_sharded, tmp_path) == [True, True]
 
 
-# -- damage ------------------------------------------------------------------------------------------------
-
-
 def flip(file: Path) -> None:
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 4
@@ -247,9 +245,6 @@ def test_a_named_checkpoint_is_found_and_damage_is_an_error_that_renames_nothing
         world(2).run(find, tmp_path / "elsewhere")
 
 
-# -- failing saves and loads -------------------------------------------------------------------------------
-
-
 def save_where_rank_one_cannot_write(path: Path) -> str:
     """Rank 1's files may not grow beyond 600 bytes: a full disk, as the process sees it."""
     kept = joined(path)
@@ -301,6 +296,31 @@ def test_a_superseded_attempt_saves_nothing(tmp_path: Path) -> None:
     assert len(set(messages)) == 1
     assert "attempt 2" in messages[0]
     assert {p.name for p in (tmp_path / "checkpoints").iterdir()} == {"step-000000005"}
+
+
+class OvertakenWhileWriting(dict[str, Tensor]):
+    """Tensors of a slow save: as they are written, a later attempt begins."""
+
+    def __init__(self, run: RunDir) -> None:
+        super().__init__(values(6))
+        self.run = run
+        self.later: RunDir | None = None
+
+    def items(self):  # type: ignore[no-untyped-def]
+        self.run.lock.unlink()
+        self.later = RunDir.acquire(self.run.path, wait_s=0)
+        return super().items()
+
+
+def test_an_attempt_overtaken_while_it_writes_does_not_publish(tmp_path: Path) -> None:
+    kept = joined(tmp_path)
+    tensors = OvertakenWhileWriting(kept.run)
+    with pytest.raises(Superseded, match="attempt 2"):
+        kept.save(tensors, meta(6, 1))
+    assert store.list_checkpoints(tmp_path / "checkpoints") == []
+    kept.run.release()
+    assert tensors.later is not None
+    tensors.later.release()
 
 
 def test_a_second_save_of_a_step_replaces_the_first(tmp_path: Path) -> None:
@@ -362,7 +382,27 @@ def test_an_evaluation_may_leave_the_optimizer_unread(saved_by_four: Path) -> No
     assert same_bits(model, {name: t for name, t in values(17).items() if name in model})
 
 
-# -- kills -------------------------------------------------------------------------------------------------
+class Intruder:
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> tuple[Callable[[Path], None], tuple[Path]]:
+        return Path.touch, (self.target,)
+
+
+def test_an_index_that_would_run_code_is_refused(tmp_path: Path) -> None:
+    """DCP's .metadata is a pickle; a checkpoint from elsewhere must not be a way in."""
+    save_steps(tmp_path, [5])
+    path = tmp_path / "checkpoints" / "step-000000005"
+    (path / ".metadata").write_bytes(pickle.dumps(Intruder(tmp_path / "was-here")))
+    manifest = store.read_manifest(path)
+    files = {name: store.describe(path / name) for name in manifest.files}
+    store.write_manifest(path, store.Manifest(manifest.meta, files))
+    place = World(0, 1, 0, torch.device("cpu"))
+    found = save.find(path, place)
+    with pytest.raises(CheckpointError, match="refuses"):
+        save.load(found, poisoned(), place)
+    assert not (tmp_path / "was-here").exists()
 
 
 def save_for_ever(path: Path, reports: int | None = None) -> None:
@@ -384,19 +424,19 @@ def save_for_ever(path: Path, reports: int | None = None) -> None:
 def kill_rounds(path: Path, rounds: int, seed: int) -> dict[str, int]:
     """Fork a saver, SIGKILL it at a random moment, look at what it left; many times over."""
     draw = random.Random(seed)
-    count = {"inside_save": 0, "killed_early": 0, "last": 0}
+    count = {"inside_save": 0, "last": 0}
     for _ in range(rounds):
         reading, writing = os.pipe()
         child = os.fork()
         if child == 0:
             save_for_ever(path, writing)
         os.close(writing)
-        time.sleep(draw.uniform(0.0, 0.06))
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
         with os.fdopen(reading) as stream:
-            reported = max((int(line) for line in stream), default=0)
-        count["killed_early"] += reported == 0
+            first = stream.readline() if draw.random() < 0.7 else "0"  # else it may die in its start
+            time.sleep(draw.uniform(0.0, 0.03))
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            reported = max(int(line) for line in [first, *stream])
         checkpoints = path / "checkpoints"
         count["inside_save"] += checkpoints.is_dir() and any(
             p.suffix == ".tmp" for p in checkpoints.iterdir()
@@ -410,7 +450,11 @@ def kill_rounds(path: Path, rounds: int, seed: int) -> dict[str, int]:
             kept.load(found, tensors)
             assert same_bits(tensors, values(newest))
         kept.run.release()
+        # Nor did a kill while an old one was deleted leave a directory that looks like a checkpoint.
         assert not any("corrupt" in p.name for p in checkpoints.iterdir())
+        listed = store.list_checkpoints(checkpoints)
+        assert not any(store.verify_checkpoint(p) for p in listed)
+        assert len(listed) <= 3  # two kept, one that was to go
         count["last"] = newest
     return count
 
@@ -431,23 +475,22 @@ def test_a_kill_at_any_moment_of_a_save_loses_nothing_that_was_saved(tmp_path: P
     )
     count = json.loads(done.stdout)
     assert count["inside_save"] >= 10, count
-    assert count["last"] >= 10, count
-    assert count["killed_early"] <= 50, count
+    assert count["last"] >= 20, count  # most rounds got on
 
 
-def save_until_one_is_killed(path: Path, victim: int, after: int) -> None:
+def save_until_one_is_killed(path: Path, victim: int, after_ms: int) -> None:
     kept = joined(path)
     found = kept.newest()
     step = found.meta.step if found else 0
-    if kept.world.rank == victim:
-        signal.setitimer(signal.ITIMER_REAL, after / 1000)
-        signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
     while True:
         step += 1
         kept.save(values(step), meta(step, kept.world.size))
+        if step == 1 and kept.world.rank == victim:
+            signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+            signal.setitimer(signal.ITIMER_REAL, after_ms / 1000)
 
 
-@pytest.mark.parametrize(("victim", "after_ms"), [(0, 150), (1, 203)])
+@pytest.mark.parametrize(("victim", "after_ms"), [(0, 50), (1, 73)])
 def test_a_rank_killed_inside_a_collective_save_leaves_a_whole_checkpoint(
     tmp_path: Path, victim: int, after_ms: int
 ) -> None:

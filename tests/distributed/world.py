@@ -193,9 +193,6 @@ class _Failed(Exception):
 _pool = _Pool()
 
 
-# -- in a worker -------------------------------------------------------------------------------------------
-
-
 def serve(descriptor: int) -> None:
     """Answer calls until the other end closes."""
     from vmamba_dist.core.dist import end_with_parent

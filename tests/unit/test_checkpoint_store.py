@@ -216,8 +216,8 @@ def test_retention(tmp_path: Path, options: dict[str, object], kept: set[int]) -
     top1 = {10: 0.1, 20: math.nan, 30: 0.9, 40: 0.9, 70: 0.8}  # a tie: the earliest stays
     loss = {20: 0.5, 60: 0.5, 70: 0.7}
     for step in range(10, 101, 10):
-        metrics = {"top1": top1[step]} if step in top1 else {}
-        make(tmp_path, step, **metrics, **({"ema.loss": loss[step]} if step in loss else {}))
+        metrics = {name: of[step] for name, of in (("top1", top1), ("ema.loss", loss)) if step in of}
+        make(tmp_path, step, 0, **metrics)
     foreign = {"step-000000005", "step-000000015.corrupt-1", "backup-of-step-000000010", "step-000000200"}
     for name in foreign:
         (tmp_path / name).mkdir()

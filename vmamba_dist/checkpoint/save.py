@@ -13,13 +13,14 @@ node the bytes come from the page cache. DCP has no checksum of its own: it load
 from __future__ import annotations
 
 import logging
+import pickle
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -27,7 +28,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from vmamba_dist.checkpoint import store
 from vmamba_dist.checkpoint.store import CheckpointError, Damaged, Fault, FileRecord, Manifest, Meta
@@ -182,9 +183,6 @@ def load(
     _together(world, f"load {found.path}", lambda: _read(tensors, found.path))
 
 
-# -- parts of a save and a load ----------------------------------------------------------------------------
-
-
 def _write(tensors: Mapping[str, Tensor], path: Path) -> None:
     with _quiet_dcp():
         state_dict_saver.save(
@@ -202,14 +200,14 @@ def _hash_own_files(path: Path, rank: int) -> dict[str, FileRecord]:
 
 
 def _check_names(path: Path, tensors: Mapping[str, Tensor], allow_unused: tuple[str, ...]) -> None:
-    stored = FileSystemReader(path).read_metadata().state_dict_metadata
+    stored = _read_index(path).state_dict_metadata
     missing = sorted(name for name in tensors if name not in stored)
     unused = sorted(name for name in stored if name not in tensors and not name.startswith(allow_unused))
     differ = [
-        f"{name} is {_kind(kept.size, kept.properties.dtype)}, here {_kind(tensor.shape, tensor.dtype)}"
+        f"{name} is {there}, here {here}"
         for name, tensor in sorted(tensors.items())
-        if isinstance(kept := stored.get(name), TensorStorageMetadata)
-        and (kept.size != tensor.shape or kept.properties.dtype != tensor.dtype)
+        if name in stored
+        and (there := _stored_kind(stored[name])) != (here := _kind(tensor.shape, tensor.dtype))
     ]
     problems = []
     if missing:
@@ -239,6 +237,52 @@ def _quiet_dcp() -> Iterator[None]:
         yield
 
 
+class _IndexUnpickler(pickle.Unpickler):
+    """Builds what DCP's index consists of and nothing else: a checkpoint may come from outside."""
+
+    _CLASSES: ClassVar = {
+        "torch": {"Size"},
+        "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+        "torch.distributed.checkpoint.metadata": {
+            "_MEM_FORMAT_ENCODING",
+            "BytesStorageMetadata",
+            "ChunkStorageMetadata",
+            "Metadata",
+            "MetadataIndex",
+            "StorageMeta",
+            "TensorProperties",
+            "TensorStorageMetadata",
+        },
+        "torch.serialization": {"_get_layout"},
+        "pathlib": {"PosixPath"},
+    }
+
+    def find_class(self, module: str, name: str) -> Any:
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if not is_dtype and name not in self._CLASSES.get(module, ()):
+            raise pickle.UnpicklingError(f"it refers to {module}.{name}")
+        return super().find_class(module, name)
+
+
+def _read_index(path: Path) -> Metadata:
+    try:
+        with (path / METADATA).open("rb") as file:
+            index = _IndexUnpickler(file).load()
+        if not isinstance(index, Metadata):
+            raise pickle.UnpicklingError(f"it is a {type(index).__name__}")
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path / METADATA} is no index of tensors, and loading refuses it: {error}"
+        ) from error
+    return index
+
+
+def _stored_kind(entry: object) -> str:
+    return (
+        _kind(entry.size, entry.properties.dtype) if isinstance(entry, TensorStorageMetadata) else "no tensor"
+    )
+
+
 def _kind(shape: Sequence[int], dtype: torch.dtype) -> str:
     return f"{tuple(shape)} {str(dtype).removeprefix('torch.')}"
 
@@ -246,9 +290,6 @@ def _kind(shape: Sequence[int], dtype: torch.dtype) -> str:
 def _some(items: Sequence[str], most: int = 8) -> str:
     more = f" and {len(items) - most} more" if len(items) > most else ""
     return ", ".join(items[:most]) + more
-
-
-# -- what ranks agree on -----------------------------------------------------------------------------------
 
 
 def _list(checkpoints: Path, world: World) -> list[Path]:

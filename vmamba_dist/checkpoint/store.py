@@ -112,9 +112,6 @@ def list_checkpoints(checkpoints: str | Path) -> list[Path]:
     return [entry for _, entry in sorted(found) if entry.is_dir()]
 
 
-# -- the manifest ------------------------------------------------------------------------------------------
-
-
 def read_manifest(path: str | Path) -> Manifest:
     """Read manifest.json of a checkpoint directory.
 
@@ -162,9 +159,6 @@ def describe(file: Path) -> FileRecord:
     with file.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
         return FileRecord(stream.tell(), digest)
-
-
-# -- verification ------------------------------------------------------------------------------------------
 
 
 def verify_checkpoint(path: str | Path) -> list[Fault]:
@@ -230,9 +224,6 @@ def set_aside(path: Path) -> Path:
     return target
 
 
-# -- publication -------------------------------------------------------------------------------------------
-
-
 def prepare(final: Path) -> Path:
     """Return an empty temporary directory for a checkpoint; remove what earlier kills left behind."""
     final.parent.mkdir(parents=True, exist_ok=True)
@@ -280,9 +271,6 @@ def remove(path: Path) -> None:
         shutil.rmtree(doomed)
     path.rename(doomed)
     shutil.rmtree(doomed)
-
-
-# -- retention ---------------------------------------------------------------------------------------------
 
 
 def retained(
