@@ -211,7 +211,10 @@ def read_index(folder: str | Path, split: str = "train", *, key: str = "data.tra
     for warning in warnings:
         log.warning("%s", warning)
     if num_classes < 1:
-        num_classes = 1 + max(_labels(root, shards, offsets), default=0)
+        raise ConfigError(
+            f'{root / INFO} does not say how many classes there are; add "num_classes": K beside "splits", for '
+            "labels 0 … K - 1"
+        )
     return Index(
         root, str(info.get("name", root.name)), split, shards, num_classes, classes, offsets, warnings
     )
@@ -247,11 +250,7 @@ def _check_tars(root: Path, split: str, shards: Sequence[Shard]) -> tuple[Offset
             raise ConfigError(
                 f"{path} has {size} bytes, its index says {shard.num_bytes}: they are not of one set; pack again"
             )
-        if (
-            not rebuild
-            and size == shard.num_bytes
-            and _looks_whole(path, offsets.bounds(i, 0, shard.num_samples))
-        ):
+        if not rebuild and size == shard.num_bytes and _looks_whole(path, offsets, i):
             continue
         found = sources.scan(path)
         num_found = len(found.keys)
@@ -269,30 +268,20 @@ def _check_tars(root: Path, split: str, shards: Sequence[Shard]) -> tuple[Offset
     return offsets, tuple(warnings)
 
 
-def _looks_whole(path: Path, bounds: Sequence[int]) -> bool:
+def _looks_whole(path: Path, offsets: Offsets, shard: int) -> bool:
     """Tell whether the last sample starts, and the tar ends, where the offsets say."""
-    if len(bounds) < 2:
+    num_samples = int(offsets.lengths[shard])
+    if num_samples == 0:
         return True
+    last, end = offsets.bounds(shard, num_samples - 1, 1)
     with path.open("rb") as file:
-        file.seek(bounds[-2])
+        file.seek(last)
         try:
             tarfile.TarInfo.frombuf(file.read(BLOCK), "utf-8", "surrogateescape")
         except tarfile.TarError:
             return False
-        file.seek(bounds[-1])
+        file.seek(end)
         return file.read(BLOCK) == bytes(BLOCK)
-
-
-def _labels(root: Path, shards: Sequence[Shard], offsets: Offsets) -> Iterator[int]:
-    """Yield the valid labels of an index that does not say how many classes there are. Reads every shard."""
-    log.info("%s does not say how many classes it has: reading all labels", root)
-    source = LocalSource([root / shard.filename for shard in shards])
-    for i, shard in enumerate(shards):
-        for sample in _read(source, offsets, i, shard.num_samples):
-            label = sample if isinstance(sample, Fault) else sources.parse_label(sample, 2**31)
-            if isinstance(label, int):
-                yield label
-    source.close()
 
 
 def read_samples(

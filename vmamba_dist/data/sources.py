@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import io
 import json
+import lzma
 import os
 import re
 import tarfile
+import zlib
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -27,6 +29,7 @@ from vmamba_dist.config.schema import ConfigError
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 PICKLED = frozenset({"pkl", "pickle", "pyd", "pth", "pt", "joblib", "dill"})
 BLOCK = 512  # bytes: tar headers and contents start at multiples of it
+_TAR_ERRORS = (tarfile.TarError, ValueError, OverflowError, EOFError, OSError, zlib.error, lzma.LZMAError)
 _SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]*):(?!\\)")
 
 
@@ -107,7 +110,7 @@ def samples(data: bytes, bounds: Sequence[int]) -> list[Raw | Fault]:
     if count > 1 and len(data) >= bounds[-1]:
         try:
             found = [_sample(group) for group in _groups(data)]
-        except (tarfile.TarError, ValueError):
+        except _TAR_ERRORS:
             found = []
         if len(found) == count and all(isinstance(sample, Raw) for sample in found):
             return found
@@ -119,7 +122,7 @@ def _alone(data: bytes, start: int, end: int) -> Raw | Fault:
         return Fault(f"the tar ends {end - len(data)} bytes too early")
     try:
         groups = list(_groups(data[start:end]))
-    except (tarfile.TarError, ValueError) as error:
+    except _TAR_ERRORS as error:
         return Fault(f"no readable tar members: {error}")
     if len(groups) != 1:
         return Fault(f"expected the members of one sample, found {len(groups)}")
@@ -193,7 +196,7 @@ def scan(path: Path) -> Scan:
                         bounds.append(member.offset)
                         keys.append(key)
                     tar.members = []  # type: ignore[attr-defined]  # keeps memory flat over a large tar
-        except tarfile.TarError:
+        except (tarfile.TarError, ValueError, OverflowError):
             return Scan([*bounds, end], keys, whole=False)
         file.seek(end)
         return Scan([*bounds, end], keys, whole=file.read(BLOCK) == bytes(BLOCK))
