@@ -1,0 +1,51 @@
+"""What every table needs around it: where, with what and how it was measured, and one place where results go.
+
+Nothing here names a host or a folder of the machine.
+"""
+
+import datetime
+import os
+import platform
+import shlex
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def header() -> list[str]:
+    """Return markdown lines: machine, versions, command and date of this run."""
+    command = shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+    threads = torch.get_num_threads()
+    return [
+        f"- machine: {_processor()}, {os.cpu_count()} cores; {threads} torch thread{'s' if threads > 1 else ''}",
+        f"- versions: Python {platform.python_version()}, torch {torch.__version__}, {platform.system()}",
+        f"- command: `{command}`",
+        f"- date: {datetime.datetime.now(datetime.UTC):%Y-%m-%d}",
+    ]
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
+    """Return a markdown table as lines; numbers stand right."""
+    lines = [f"| {' | '.join(columns)} |", f"|---|{'---:|' * (len(columns) - 1)}"]
+    return lines + [f"| {' | '.join(str(cell) for cell in row)} |" for row in rows]
+
+
+def publish(name: str, title: str, body: Iterable[str]) -> None:
+    """Print a report and write it to benchmarks/results/NAME.md."""
+    text = "\n".join([f"# {title}", "", *header(), "", *body, ""])
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.md").write_text(text)
+    print(text)
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
