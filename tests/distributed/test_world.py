@@ -74,5 +74,5 @@ def test_a_dead_or_hung_rank_fails_the_call_and_the_next_one_works() -> None:
     with pytest.raises(WorldError, match="rank 1 of 2 died with exit code -9"):
         world(2).run(die_on, 1)
     with pytest.raises(WorldError, match=r"ran past 0\.5 s"):
-        world(2).run(sleep, timeout_s=0.5)
+        world(1).run(sleep, timeout_s=0.5)
     assert world(2).run(look, 0.0)[0].size == 2

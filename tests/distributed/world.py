@@ -65,7 +65,7 @@ def world(size: int) -> World:
 
 def close() -> None:
     """End all workers."""
-    _pool.kill()
+    _pool.kill(_pool.workers)
 
 
 class _Worker:
@@ -120,7 +120,7 @@ class _Pool:
         except _Failed as failed:
             raise failed.first.rebuilt() from None
         except BaseException:
-            self.kill()  # a rank may hang in a collective, or still be at work
+            self.kill(workers)  # a rank may hang in a collective, or still be at work
             raise
 
     def _await_start(self, workers: list[_Worker]) -> None:
@@ -140,7 +140,7 @@ class _Pool:
         while pending:
             answered = wait(list(pending), max(0.0, deadline - time.monotonic()))
             if not answered:
-                self.kill()
+                self.kill(workers)
                 if failures:
                     break
                 raise WorldError(
@@ -162,10 +162,10 @@ class _Pool:
             raise _Failed(min(failures, key=lambda failure: failure.at))
         return [results[rank] for rank in range(len(workers))]
 
-    def kill(self) -> None:
-        for worker in self.workers:
+    def kill(self, workers: list[_Worker]) -> None:
+        self.workers = [worker for worker in self.workers if worker not in workers]
+        for worker in workers:
             worker.kill()
-        self.workers = []
 
 
 @dataclass(frozen=True)
@@ -222,6 +222,8 @@ def _answer(
             dist.init_process_group(
                 "gloo", store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout_s)
             )
+            # Without it a rank may fail and leave while another still connects, which then hangs.
+            dist.barrier()
         function: Any = _module(name, file)
         for part in qualname.split("."):
             function = getattr(function, part)
