@@ -6,8 +6,8 @@ whatever has happened to its files since. A failure on one rank is the same erro
 The order of a save is the whole safety: an empty step-N.tmp, the DCP files (each rank writes its share of
 the replicated tensors, fsynced), the sha256 of each file taken by the rank that wrote it, manifest.json
 with fsync, the question whether a later attempt has begun, the rename, fsync of the parent, retention.
-The hash is of the file read back after its fsync: a write cut short shows at once, and on the writer's
-node the bytes come from the page cache. DCP has no checksum of its own: it loads a flipped bit silently.
+The hash is of the file read back after its fsync; on the writer's node the bytes come from the page cache,
+so it costs the hashing alone. DCP has no checksum of its own: it loads a flipped bit silently.
 """
 
 from __future__ import annotations
