@@ -54,12 +54,12 @@ def test_chunks_pass_their_state_on(monkeypatch):
     monkeypatch.setattr(recurrence, "CHUNK_ELEMENTS", 1)
     inputs = ImageShape(2, 7, 9, 5, 2, 2).inputs()
     inputs["dt_bias"] -= 2
-    assert fast.num_chunks(inputs["x"], inputs["A"]) == 4
+    assert fast.empty_saved(inputs["x"], inputs["A"]).shape == (4, 2, 4, 2, 5)
     expected = value_and_gradients(ss2d_scan_reference, inputs)
     assert worst(value_and_gradients(ss2d_scan, inputs), expected) <= 1e-12
 
-    def forgetful(x, z, A, B, C, state, softplus):
-        return recurrence.chunk_forward(x, z, A, B, C, torch.zeros_like(state), softplus)
+    def forgetful(x, z, A, B, C, state, softplus, saved):
+        return recurrence.chunk_forward(x, z, A, B, C, torch.zeros_like(state), softplus, saved)
 
     monkeypatch.setattr(fast, "chunk_forward", forgetful)
     del inputs["dy"]

@@ -1,13 +1,14 @@
 """The selective scan on plain torch: time-major chunks and a hand-written adjoint.
 
-The forward keeps the states between chunks; the backward goes through the chunks from last to first and
-recomputes the rest, so what stays alive between the two is a few states instead of every step.
+The forward saves the states between chunks; the backward goes through the chunks from last to first and
+recomputes the rest, so what stays alive between the two is a few states instead of every step. A sequence of one
+chunk is small enough to save its steps.
 """
 
 import torch
 from torch import Tensor
 
-from vmamba_kernels.scan.recurrence import chunk_backward, chunk_forward, chunk_length
+from vmamba_kernels.scan.recurrence import chunk_backward, chunk_forward, chunk_length, saved_shape
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -17,10 +18,12 @@ def compute_dtype(u: Tensor) -> torch.dtype:
     return torch.promote_types(u.dtype, torch.float32)
 
 
-def num_chunks(u: Tensor, A: Tensor) -> int:
-    """Return how many chunks the fast path cuts the sequence of u (B, K*C, L) into."""
+def empty_saved(u: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    """Return room for what a forward over u (B, K*C, L) saves; see recurrence.saved_shape."""
     batch, width, length = u.shape
-    return -(-length // chunk_length(length, batch * width * A.shape[1]))
+    groups = B.shape[1]
+    shape = saved_shape(length, (A.shape[1], batch, groups, width // groups))
+    return u.new_empty(shape, dtype=compute_dtype(u))
 
 
 def _time_major(t: Tensor, dtype: torch.dtype) -> Tensor:
@@ -68,23 +71,25 @@ def forward(
     delta_bias: Tensor | None,
     delta_softplus: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Return y (B, K*C, L) in u's dtype and the states before each chunk (chunks, N, B, K, C)."""
+    """Return y (B, K*C, L) in u's dtype and what the backward needs beside the inputs."""
     op = _Operands(u, delta, A, B, C, delta_bias)
     y = torch.empty_like(op.x)
-    states = op.x.new_empty(len(op.starts), *op.state_shape)
+    saved = empty_saved(u, A, B)
+    whole = saved if len(op.starts) == 1 else None
     state = op.x.new_zeros(op.state_shape)
     for i, start in enumerate(op.starts):
         s = slice(start, start + op.chunk)
-        states[i] = state
-        y[s], state = chunk_forward(op.x[s], op.z[s], op.A, op.B[s], op.C[s], state, delta_softplus)
+        if whole is None:
+            saved[i] = state
+        y[s], state = chunk_forward(op.x[s], op.z[s], op.A, op.B[s], op.C[s], state, delta_softplus, whole)
     if D is not None:
         y.addcmul_(op.x, D.to(y.dtype).view(op.x.shape[2:]))
-    return _from_time_major(y, u.shape, u.dtype), states
+    return _from_time_major(y, u.shape, u.dtype), saved
 
 
 def backward(
     grad_y: Tensor,
-    states: Tensor,
+    saved: Tensor,
     u: Tensor,
     delta: Tensor,
     A: Tensor,
@@ -102,12 +107,13 @@ def backward(
     g = _time_major(grad_y, op.x.dtype).view(op.x.shape)
     d_x, d_z = torch.empty_like(op.x), torch.empty_like(op.z)
     d_A, d_B, d_C = torch.zeros_like(op.A), torch.empty_like(op.B), torch.empty_like(op.C)
-    d_state = op.x.new_zeros(op.state_shape)
+    d_state = initial = op.x.new_zeros(op.state_shape)
+    whole = saved if len(op.starts) == 1 else None
     for i in reversed(range(len(op.starts))):
         s = slice(op.starts[i], op.starts[i] + op.chunk)
-        grads = chunk_backward(
-            op.x[s], op.z[s], op.A, op.B[s], op.C[s], states[i], delta_softplus, g[s], d_state
-        )
+        state = saved[i] if whole is None else initial
+        chunk = (op.x[s], op.z[s], op.A, op.B[s], op.C[s], state)
+        grads = chunk_backward(*chunk, delta_softplus, g[s], d_state, whole)
         d_x[s], d_z[s], d_B[s, ..., 0], d_C[s, ..., 0] = grads.x, grads.z, grads.B, grads.C
         d_A += grads.A
         d_state = grads.state

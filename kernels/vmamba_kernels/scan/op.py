@@ -1,6 +1,6 @@
 """The selective scan as one custom op, so that compile, checkpointing and FLOP counters see the same thing.
 
-The op is functional and chooses its implementation here, once. It returns y and the states its adjoint needs.
+The op is functional and chooses its implementation here, once. It returns y and what its adjoint needs.
 """
 
 import math
@@ -100,16 +100,13 @@ def _(
     delta_softplus: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    groups = B.shape[1]
-    state = (A.shape[1], u.shape[0], groups, u.shape[1] // groups)
-    states = u.new_empty((fast.num_chunks(u, A), *state), dtype=fast.compute_dtype(u))
-    return u.new_empty(u.shape), states
+    return u.new_empty(u.shape), fast.empty_saved(u, A, B)
 
 
 @torch.library.custom_op("vmamba::selective_scan_backward", mutates_args=())
 def _selective_scan_backward(
     grad_y: Tensor,
-    states: Tensor,
+    saved: Tensor,
     u: Tensor,
     delta: Tensor,
     A: Tensor,
@@ -121,13 +118,13 @@ def _selective_scan_backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     assert backend == "torch", backend
-    return fast.backward(grad_y, states, u, delta, A, B, C, D, delta_bias, delta_softplus)
+    return fast.backward(grad_y, saved, u, delta, A, B, C, D, delta_bias, delta_softplus)
 
 
 @_selective_scan_backward.register_fake
 def _(
     grad_y: Tensor,
-    states: Tensor,
+    saved: Tensor,
     u: Tensor,
     delta: Tensor,
     A: Tensor,
@@ -150,8 +147,8 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
 
 
 def _backward(ctx: Any, grad_y: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    states, *tensors = ctx.saved_tensors
-    grads = _selective_scan_backward(grad_y, states, *tensors, ctx.delta_softplus, ctx.backend)
+    saved, *tensors = ctx.saved_tensors
+    grads = _selective_scan_backward(grad_y, saved, *tensors, ctx.delta_softplus, ctx.backend)
     kept = (g if t is not None else None for g, t in zip(grads, tensors, strict=True))
     return (*kept, None, None)
 
@@ -174,7 +171,7 @@ def _flops(
 @register_flop_formula(torch.ops.vmamba.selective_scan_backward)
 def _backward_flops(
     grad_y: Any,
-    states: Any,
+    saved: Any,
     u: Any,
     delta: Any,
     A: Any,

@@ -40,15 +40,27 @@ def chunk_length(length: int, width: int) -> int:
     return max(1, min(length, max(16, CHUNK_ELEMENTS // max(1, width))))
 
 
-def positive(z: Tensor) -> Tensor:
+def saved_shape(length: int, state: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the shape of what a forward over `length` steps saves for its backward, for states (N, P, Q, C).
+
+    Several chunks: the state before each, (chunks, N, P, Q, C); the backward recomputes the rest. One chunk is small
+    and its cost is that of calls: its delta and all its states, (T, 1 + N, P, Q, C).
+    """
+    chunk = chunk_length(length, math.prod(state))
+    if chunk == length:
+        return (length, 1 + state[0], *state[1:])
+    return (-(-length // chunk), *state)
+
+
+def positive(z: Tensor, out: Tensor | None = None) -> Tensor:
     """Return softplus(z); in float32 as max(z, 0) + 2 atanh(e / (2 + e)) with e = exp(-|z|).
 
     That is log1p(e) to a relative 1e-7 (1 + |z|) in a seventh of the time: torch's own is not vectorised on a CPU.
     """
     if z.dtype != torch.float32:
-        return F.softplus(z)
+        return F.softplus(z) if out is None else out.copy_(F.softplus(z))
     e = z.abs().mul_(-LOG2E).exp2_()
-    return torch.add(z.clamp(min=0), e.div_(e + 2).atanh_(), alpha=2)
+    return torch.add(z.clamp(min=0), e.div_(e + 2).atanh_(), alpha=2, out=out)
 
 
 def recur(x: Tensor, factor: Tensor, previous: Tensor, *, reverse: bool = False) -> Tensor:
@@ -94,14 +106,25 @@ def _recur_blocks(x: Tensor, factor: Tensor, previous: Tensor, block: int, rever
     return previous
 
 
-def _states(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return decay and h (T, N, P, Q, C) and delta*x (T, P, Q, C)."""
-    shape = (x.shape[0], *state.shape)
-    decay = torch.mul(delta.unsqueeze(1), A * LOG2E, out=x.new_empty(shape)).exp2_()
-    dx = delta * x
-    h = torch.mul(dx.unsqueeze(1), B, out=x.new_empty(shape))
-    recur(h.view(len(h), -1), decay.view(len(h), -1), state.reshape(-1))
-    return decay, h, dx
+def _decay(delta: Tensor, A: Tensor) -> Tensor:
+    """Return exp(delta A), (T, N, P, Q, C)."""
+    decay = delta.new_empty(len(delta), len(A), *delta.shape[1:])
+    return torch.mul(delta.unsqueeze(1), A * LOG2E, out=decay).exp2_()
+
+
+def _states(
+    x: Tensor, z: Tensor, A: Tensor, B: Tensor, state: Tensor, softplus: bool, out: Tensor | None
+) -> Tensor:
+    """Return delta and after it every state, (T, 1 + N, P, Q, C)."""
+    saved = x.new_empty(len(x), 1 + len(state), *state.shape[1:]) if out is None else out
+    delta, h = saved[:, 0], saved[:, 1:]
+    if softplus:
+        positive(z, delta)
+    else:
+        delta.copy_(z)
+    torch.mul((delta * x).unsqueeze(1), B, out=h)
+    recur(h.view(len(h), -1), _decay(delta, A).view(len(h), -1), state.flatten())
+    return saved
 
 
 def _over_state(product: Tensor) -> Tensor:
@@ -110,13 +133,18 @@ def _over_state(product: Tensor) -> Tensor:
 
 
 def chunk_forward(
-    x: Tensor, z: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, softplus: bool
+    x: Tensor,
+    z: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    state: Tensor,
+    softplus: bool,
+    saved: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return y without the D term, (T, P, Q, C), and the state after the chunk."""
-    delta = positive(z) if softplus else z
-    _, h, _ = _states(x, delta, A, B, state)
-    after = h[-1].clone()
-    return _over_state(h.mul_(C)), after
+    """Return y without the D term, (T, P, Q, C), and the state after the chunk; fill saved if it is given."""
+    h = _states(x, z, A, B, state, softplus, saved)[:, 1:]
+    return _over_state(h * C), h[-1]
 
 
 def chunk_backward(
@@ -129,16 +157,19 @@ def chunk_backward(
     softplus: bool,
     g: Tensor,
     after: Tensor,
+    saved: Tensor | None = None,
 ) -> ChunkGradients:
-    """Recompute a chunk's states and return its cotangents from those of its y (g) and of the state after it."""
-    delta = positive(z) if softplus else z
-    decay, h, dx = _states(x, delta, A, B, state)
-    d_C = torch.mul(h, g.unsqueeze(1)).sum(-1)
+    """Return a chunk's cotangents from those of its y (g) and of the state after it; recompute what is not saved."""
+    steps = _states(x, z, A, B, state, softplus, None) if saved is None else saved
+    delta, h = steps[:, 0], steps[:, 1:]
+    decay, dx = _decay(delta, A), delta * x
+    product = h * g.unsqueeze(1)
+    d_C = product.sum(-1)
 
     # The state's cotangent: lam_t = C_t g_t + decay_{t+1} lam_{t+1}.
-    lam = torch.mul(g.unsqueeze(1), C, out=torch.empty_like(h))
+    lam = torch.mul(g.unsqueeze(1), C, out=torch.empty_like(decay))
     lam[-1].add_(after)
-    rows, factors = lam.view(len(h), -1), decay.view(len(h), -1)
+    rows, factors = lam.view(len(lam), -1), decay.view(len(lam), -1)
     recur(rows[:-1], factors[1:], rows[-1], reverse=True)
     d_state = decay[0] * lam[0]
 
@@ -147,7 +178,7 @@ def chunk_backward(
     q[0].mul_(state)
     q[1:].mul_(h[:-1])
     q.mul_(lam)
-    d_B = torch.mul(lam, dx.unsqueeze(1), out=h).sum(-1)
+    d_B = torch.mul(lam, dx.unsqueeze(1), out=product).sum(-1)
     lam_B = _over_state(lam.mul_(B))
     d_delta = _over_state(q * A).addcmul_(lam_B, x)
     d_x = lam_B.mul_(delta)

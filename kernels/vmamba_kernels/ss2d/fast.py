@@ -1,7 +1,7 @@
 """The four-direction scan on plain torch: all directions in one recurrence, gathered a chunk at a time.
 
 Tokens are brought to (L, B, C) once; a walk then copies whole rows of B*C numbers, so that no (B, 4C, L) tensor
-is made. The forward keeps the states between chunks, the backward recomputes the rest from them.
+is made. The forward saves the states between chunks, or the steps of a sequence that is one chunk.
 """
 
 from functools import lru_cache
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vmamba_kernels.scan.fast import compute_dtype
-from vmamba_kernels.scan.recurrence import chunk_backward, chunk_forward, chunk_length
+from vmamba_kernels.scan.recurrence import chunk_backward, chunk_forward, chunk_length, saved_shape
 from vmamba_kernels.ss2d.order import scan_order
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -33,11 +33,11 @@ def _walks(pattern: str, height: int, width: int, chunk: int, device: torch.devi
     return tuple(_Walk(len(t), t.flatten().to(device), p.flatten().to(device)) for t, p in parts)
 
 
-def num_chunks(x: Tensor, A: Tensor) -> int:
-    """Return how many chunks the fast path cuts the walks over x (B, H, W, C) into."""
+def empty_saved(x: Tensor, A: Tensor) -> Tensor:
+    """Return room for what a forward over x (B, H, W, C) saves; see recurrence.saved_shape."""
     batch, height, width, channels = x.shape
-    length = height * width
-    return -(-length // chunk_length(length, 4 * batch * channels * A.shape[1]))
+    shape = saved_shape(height * width, (A.shape[1], 4, batch, channels))
+    return x.new_empty(shape, dtype=compute_dtype(x))
 
 
 def _token_major(t: Tensor, dtype: torch.dtype) -> Tensor:
@@ -130,22 +130,24 @@ class _Operands:
 def forward(
     x: Tensor, projected: Tensor, dt_weight: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor, pattern: str
 ) -> tuple[Tensor, Tensor]:
-    """Return y (B, H, W, C) in x's dtype and the states before each chunk (chunks, N, 4, B, C)."""
+    """Return y (B, H, W, C) in x's dtype and what the backward needs beside the inputs."""
     op = _Operands(x, projected, dt_weight, dt_bias, A, D, pattern)
     state = op.initial_state()
-    states = state.new_empty(len(op.walks), *state.shape)
+    saved = empty_saved(x, A)
+    whole = saved if len(op.walks) == 1 else None
     y = (op.x.view(op.length, op.batch, op.channels) * op.D.sum(0)).view_as(op.x)
     for i, walk in enumerate(op.walks):
-        states[i] = state
+        if whole is None:
+            saved[i] = state
         c = op.chunk(walk)
-        y_chunk, state = chunk_forward(c.x, c.z, op.A, c.B, c.C, state, True)
+        y_chunk, state = chunk_forward(c.x, c.z, op.A, c.B, c.C, state, True, whole)
         y.index_add_(0, walk.tokens, y_chunk.view(len(walk.tokens), y.shape[1]))
-    return op.image(y, x.dtype), states
+    return op.image(y, x.dtype), saved
 
 
 def backward(
     grad_y: Tensor,
-    states: Tensor,
+    saved: Tensor,
     x: Tensor,
     projected: Tensor,
     dt_weight: Tensor,
@@ -162,11 +164,14 @@ def backward(
     d_D = (g_tokens * op.x.view_as(g_tokens)).sum((0, 1)).expand(4, -1).reshape(-1)
     d_projected = torch.empty_like(op.projected)
     d_weight, d_bias, d_A = torch.zeros_like(op.weight), torch.zeros_like(op.bias), torch.zeros_like(op.A)
-    d_state = op.initial_state()
+    d_state = initial = op.initial_state()
+    whole = saved if len(op.walks) == 1 else None
     for i in reversed(range(len(op.walks))):
         walk = op.walks[i]
         c = op.chunk(walk)
-        grads = chunk_backward(c.x, c.z, op.A, c.B, c.C, states[i], True, op.tokens(g, walk), d_state)
+        state = saved[i] if whole is None else initial
+        g_chunk = op.tokens(g, walk)
+        grads = chunk_backward(c.x, c.z, op.A, c.B, c.C, state, True, g_chunk, d_state, whole)
         d_state = grads.state
         d_A += grads.A
         d_x.index_add_(0, walk.tokens, grads.x.view(len(walk.tokens), d_x.shape[1]))

@@ -1,6 +1,6 @@
 """The four-direction scan as one custom op: compile, checkpointing and FLOP counters see the same thing.
 
-The op is functional and chooses its implementation here, once. It returns y and the states its adjoint needs.
+The op is functional and chooses its implementation here, once. It returns y and what its adjoint needs.
 """
 
 import math
@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from vmamba_kernels.backend import resolve_backend
-from vmamba_kernels.scan.fast import compute_dtype
 from vmamba_kernels.scan.op import scan_flops
 from vmamba_kernels.ss2d import fast
 from vmamba_kernels.ss2d.order import PATTERNS
@@ -94,14 +93,13 @@ def _(
     pattern: str,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    shape = (fast.num_chunks(x, A), A.shape[1], 4, x.shape[0], x.shape[3])
-    return x.new_empty(x.shape), x.new_empty(shape, dtype=compute_dtype(x))
+    return x.new_empty(x.shape), fast.empty_saved(x, A)
 
 
 @torch.library.custom_op("vmamba::ss2d_scan_backward", mutates_args=())
 def _ss2d_scan_backward(
     grad_y: Tensor,
-    states: Tensor,
+    saved: Tensor,
     x: Tensor,
     projected: Tensor,
     dt_weight: Tensor,
@@ -112,13 +110,13 @@ def _ss2d_scan_backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     assert backend == "torch", backend
-    return fast.backward(grad_y, states, x, projected, dt_weight, dt_bias, A, D, pattern)
+    return fast.backward(grad_y, saved, x, projected, dt_weight, dt_bias, A, D, pattern)
 
 
 @_ss2d_scan_backward.register_fake
 def _(
     grad_y: Tensor,
-    states: Tensor,
+    saved: Tensor,
     x: Tensor,
     projected: Tensor,
     dt_weight: Tensor,
@@ -139,8 +137,8 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
 
 
 def _backward(ctx: Any, grad_y: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    states, *tensors = ctx.saved_tensors
-    return (*_ss2d_scan_backward(grad_y, states, *tensors, ctx.pattern, ctx.backend), None, None)
+    saved, *tensors = ctx.saved_tensors
+    return (*_ss2d_scan_backward(grad_y, saved, *tensors, ctx.pattern, ctx.backend), None, None)
 
 
 _ss2d_scan.register_autograd(_backward, setup_context=_setup)
@@ -161,7 +159,7 @@ def _flops(x: Any, projected: Any, dt_weight: Any, dt_bias: Any, A: Any, *args: 
 @register_flop_formula(torch.ops.vmamba.ss2d_scan_backward)
 def _backward_flops(
     grad_y: Any,
-    states: Any,
+    saved: Any,
     x: Any,
     projected: Any,
     dt_weight: Any,
