@@ -5,7 +5,9 @@ Law: the executor is named, never guessed: submitit's own choice takes Slurm whe
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,11 +30,25 @@ def local_executor(folder: Path, launch: LaunchConfig) -> submitit.LocalExecutor
 
 
 @contextmanager
-def shielded_from_terminal() -> Iterator[None]:
-    """Have processes started inside ignore the terminal's Ctrl-C and hang-up (dispositions are inherited)."""
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGHUP)}
+def apart_from_terminal(log: Path) -> Iterator[None]:
+    """Have processes started inside ignore Ctrl-C and hang-up, read nothing and write to `log`.
+
+    They inherit dispositions and descriptors; with ours they would end with the terminal, or keep a pipe open
+    that somebody reads to its end.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    handlers = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGHUP)}
+    ours = [os.dup(descriptor) for descriptor in range(3)]
     try:
+        with Path(os.devnull).open("rb") as nothing, log.open("ab") as file:
+            os.dup2(nothing.fileno(), 0)
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
         yield
     finally:
-        for number, handler in before.items():
+        for descriptor, saved in enumerate(ours):
+            os.dup2(saved, descriptor)
+            os.close(saved)
+        for number, handler in handlers.items():
             signal.signal(number, handler)

@@ -16,7 +16,7 @@ from datetime import datetime
 from pathlib import Path
 
 from vmamba_dist.cluster import env
-from vmamba_dist.cluster.executors import local_executor, shielded_from_terminal
+from vmamba_dist.cluster.executors import apart_from_terminal, local_executor
 from vmamba_dist.cluster.follow import REQUEUE, follow
 from vmamba_dist.cluster.job import TrainJob
 from vmamba_dist.config import Config, load, to_dict
@@ -109,7 +109,7 @@ def _run_as_job(intent: Plan) -> int:
         tether=str(tether) if tether else None,
     )
     with _held(tether) if tether else nullcontext():
-        with shielded_from_terminal():
+        with apart_from_terminal(folder / "controller.log"):
             job = local_executor(folder, launch).submit(work)
         print(
             f"{launch.name}: job {job.job_id}, {_processes(launch.tasks)}, run {intent.config.run.dir}",
