@@ -271,6 +271,19 @@ def test_a_rewritten_shard_without_a_member_shifts_nothing(tmp_path: Path) -> No
     assert sum(isinstance(sample, Raw) for sample in read) == 12
 
 
+def test_a_missing_label_in_a_tar_of_the_same_size_shifts_nothing(tmp_path: Path) -> None:
+    """The end's padding hides the loss, and the old place of the last sample has a header again: that of its label."""
+    pack("digits", tmp_path, samples_per_shard=57)
+    path = tmp_path / "digits-train-000003.tar"
+    old = members(path)
+    size = path.stat().st_size
+    rewrite(path, old[:21] + old[22:])
+    assert path.stat().st_size == size
+    index = read_index(tmp_path)
+    read = read_samples(index.source(), index.offsets, 3, 0, 57)
+    assert [i for i, sample in enumerate(read) if isinstance(sample, Fault)] == [10]
+
+
 def test_unusable_indices_are_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"data\.train=.* has no _info\.json \(no set of shards\)"):
         read_index(tmp_path)

@@ -304,7 +304,7 @@ class DeviceTransform:
 
 
 def _partners(x: Tensor) -> Tensor:
-    return x.view(-1, 2, *x.shape[1:]).flip(1).view(x.shape)
+    return x.view(len(x) // 2, 2, *x.shape[1:]).flip(1).view(x.shape)
 
 
 def _mix_images(images: Tensor, mix: Mix) -> Tensor:

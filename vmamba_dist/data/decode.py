@@ -15,7 +15,9 @@ import struct
 import zlib
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from vmamba_dist.data.sources import stable
 
 FORMATS = ("JPEG", "PNG", "WEBP")  # Pillow's other readers are never asked: some start programs
 MAX_PIXELS = 89_478_485  # 256 MiB of RGB, Pillow's own line
@@ -52,8 +54,10 @@ def decode(data: bytes) -> Image.Image:
         return _to_rgb(ImageOps.exif_transpose(image))
     except DecodeError:
         raise
+    except UnidentifiedImageError as error:
+        raise DecodeError("undecodable image: no JPEG, PNG or WebP") from error
     except _PILLOW_ERRORS as error:  # a damaged file ends in any of these inside Pillow
-        raise DecodeError(f"undecodable image: {type(error).__name__}: {error}") from error
+        raise DecodeError(f"undecodable image: {type(error).__name__}: {stable(error)}") from error
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor
 
@@ -29,10 +28,9 @@ Transform = Callable[[Image.Image], Tensor]
 
 
 @dataclass
-class SubBatch:
-    """A reader's share of a micro-batch."""
+class Rows:
+    """What a reader knows of the samples it has written; their images are in the memory it was given."""
 
-    images: Tensor  # (n, 3, S, S) uint8
     labels: list[int]
     keys: list[str]
     bad: list[BadSample] = field(default_factory=list)
@@ -64,7 +62,6 @@ class LaneReader:
         index: Index,
         transform: Transform,
         *,
-        image_size: int,
         seed: int,
         lanes: int,
         block: int,
@@ -73,7 +70,6 @@ class LaneReader:
         self._index = index
         self._lengths = np.asarray(index.lengths, dtype=np.int64)
         self._transform = transform
-        self._image_size = image_size
         self._seed, self._lanes, self._block_size = seed, lanes, block
         self._known = {(bad.epoch, bad.position): bad for bad in known_bad}
         self._shard_of = {shard.filename: i for i, shard in enumerate(index.shards)}
@@ -82,24 +78,23 @@ class LaneReader:
         self._blocks: dict[int, tuple[int, _Block]] = {}
         self._all_bad: set[tuple[int, int]] = set()  # (lane, block) of this epoch
 
-    def sub_batch(self, epoch: int, positions: Sequence[int]) -> SubBatch:
-        """Read, decode and transform the samples at `positions` of `epoch`.
+    def read(self, epoch: int, positions: Sequence[int], images: Tensor) -> Rows:
+        """Read, decode and transform the samples at `positions` of `epoch` into `images`, (n, 3, S, S) uint8.
 
         Raises DataError where a whole lane has no good sample, OSError where the source itself fails.
         """
         order = self._begin(epoch)
-        size = self._image_size
-        batch = SubBatch(torch.empty((len(positions), 3, size, size), dtype=torch.uint8), [], [])
+        rows = Rows([], [])
         with borrowed_generator() as random:
             for i, position in enumerate(positions):
                 good, bad = self._at(order, position)
                 random.manual_seed(sample_seed(self._seed, epoch, position))
-                batch.images[i] = self._transform(good.image)
-                batch.labels.append(good.label)
-                batch.keys.append(good.key)
+                images[i] = self._transform(good.image)
+                rows.labels.append(good.label)
+                rows.keys.append(good.key)
                 if bad is not None:
-                    batch.bad.append(bad)
-        return batch
+                    rows.bad.append(bad)
+        return rows
 
     def close(self) -> None:
         self._source.close()
@@ -200,26 +195,26 @@ def _decode(sample: Raw | Fault, num_classes: int) -> _Good | Fault:
 
 
 def read_in_file_order(
-    index: Index, transform: Transform, image_size: int, first: int, count: int, rows: int
-) -> tuple[SubBatch, list[bool]]:
-    """Read `count` samples from the set's `first`-th on, as they lie, into `rows` rows; for evaluation.
+    index: Index, transform: Transform, first: int, count: int, images: Tensor
+) -> tuple[Rows, list[bool]]:
+    """Read `count` samples from the set's `first`-th on, as they lie, into `images`; for evaluation.
 
-    Returns the rows, and which of them hold a sample: padding and bad samples are zeros and false.
+    Returns the rows, as many as `images` has, and which of them hold a sample: the others, padding and bad
+    samples, are zeros.
     """
-    batch = SubBatch(
-        torch.zeros((rows, 3, image_size, image_size), dtype=torch.uint8), [0] * rows, [""] * rows
-    )
-    good_rows = [False] * rows
+    rows = Rows([0] * len(images), [""] * len(images))
+    good_rows = [False] * len(images)
+    images.zero_()
     for row, (shard, at, sample) in enumerate(_samples_from(index, first, count)):
         good = _decode(sample, index.num_classes)
         if isinstance(good, Fault):
             name = index.shards[shard].filename
-            batch.keys[row] = good.key
-            batch.bad.append(BadSample(0, first + row, name, at, good.key, good.reason))
+            rows.keys[row] = good.key
+            rows.bad.append(BadSample(0, first + row, name, at, good.key, good.reason))
             continue
-        batch.images[row] = transform(good.image)
-        batch.labels[row], batch.keys[row], good_rows[row] = good.label, good.key, True
-    return batch, good_rows
+        images[row] = transform(good.image)
+        rows.labels[row], rows.keys[row], good_rows[row] = good.label, good.key, True
+    return rows, good_rows
 
 
 def _samples_from(

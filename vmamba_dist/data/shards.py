@@ -234,7 +234,7 @@ def _read_info(root: Path, key: str) -> dict[str, Any]:
 
 
 def _check_tars(root: Path, split: str, shards: Sequence[Shard]) -> tuple[Offsets, tuple[str, ...]]:
-    """Return where the samples are, and warnings. Two small reads a shard where the sidecar is there."""
+    """Return where the samples are, and warnings. A few small reads a shard where the sidecar is there."""
     offsets = Offsets.read(root / f"_offsets-{split}.bin", _fingerprint(shards))
     if offsets is not None and offsets.lengths.tolist() != [s.num_samples for s in shards]:
         offsets = None
@@ -269,19 +269,21 @@ def _check_tars(root: Path, split: str, shards: Sequence[Shard]) -> tuple[Offset
 
 
 def _looks_whole(path: Path, offsets: Offsets, shard: int) -> bool:
-    """Tell whether the last sample starts, and the tar ends, where the offsets say."""
+    """Tell whether the members of the last sample lie, and the tar ends, exactly where the offsets say."""
     num_samples = int(offsets.lengths[shard])
     if num_samples == 0:
         return True
-    last, end = offsets.bounds(shard, num_samples - 1, 1)
-    with path.open("rb") as file:
-        file.seek(last)
-        try:
-            tarfile.TarInfo.frombuf(file.read(BLOCK), "utf-8", "surrogateescape")
-        except tarfile.TarError:
-            return False
+    at, end = offsets.bounds(shard, num_samples - 1, 1)
+    with path.open("rb", buffering=0) as file:
+        while at < end:
+            file.seek(at)
+            try:
+                member = tarfile.TarInfo.frombuf(file.read(BLOCK), "utf-8", "surrogateescape")
+            except tarfile.TarError:
+                return False
+            at += BLOCK - -member.size // BLOCK * BLOCK
         file.seek(end)
-        return file.read(BLOCK) == bytes(BLOCK)
+        return at == end and file.read(BLOCK) == bytes(BLOCK)
 
 
 def read_samples(

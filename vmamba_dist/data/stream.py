@@ -13,19 +13,18 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from multiprocessing import Pipe
-from multiprocessing.connection import Connection
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from vmamba_dist.config.schema import AugmentConfig, ConfigError, DataConfig, EvalConfig
 from vmamba_dist.data import order
 from vmamba_dist.data.augment import EvalTransform, TrainTransform
 from vmamba_dist.data.batch import BadSample, Batch
-from vmamba_dist.data.reader import LaneReader, SubBatch, read_in_file_order
+from vmamba_dist.data.reader import LaneReader, Rows, read_in_file_order
 from vmamba_dist.data.shards import Index
-from vmamba_dist.data.workers import Workers
+from vmamba_dist.data.workers import Room, Workers
 
 log = logging.getLogger(__name__)
 
@@ -68,14 +67,12 @@ class TrainStream:
         self._reader = LaneReader(
             index,
             TrainTransform(augment, data.image_size),
-            image_size=data.image_size,
             seed=seed,
             lanes=lanes,
             block=data.block,
             known_bad=known_bad,
         )
-        self._workers: Workers[SubBatch] | None = None
-        self._orders: list[Connection] = []  # to each worker, where to begin
+        self._workers: Workers[_From, Rows] | None = None
         self._unused = False  # the workers wait for their orders
         if rank == 0:
             self._log()
@@ -86,8 +83,8 @@ class TrainStream:
         apart = order.readers_are_apart(self.lanes, world, self._data.workers)
         open_lanes = self.lanes // (world * readers) if apart else self.lanes
         block_mib = open_lanes * self._data.block * self.index.mean_bytes / _MIB
-        sub_mib = self.share.micro_batch / readers * 3 * self._data.image_size**2 / _MIB
-        ahead_mib = sub_mib * self._data.prefetch if self._data.workers else 0.0
+        slots = (self._data.prefetch + 1) * (self._data.workers > 0)
+        ahead_mib = slots * self._max_rows() * 3 * self._data.image_size**2 / _MIB
         log.info(
             "data: %d samples in %d shards, %d lanes of blocks of %d; %d updates an epoch, %d samples of it unused; "
             "%d reader%s a rank, %d lanes open in each, %.1f MiB of blocks and %.1f MiB read ahead",
@@ -102,20 +99,17 @@ class TrainStream:
                 *(world, readers, self.lanes // 2),
             )
 
+    def _max_rows(self) -> int:
+        """Most rows of a micro-batch that one worker reads."""
+        return 2 * math.ceil(self.share.micro_batch / 2 / max(1, self._data.workers))
+
     def start(self) -> None:
         """Fork the workers, which then wait. Best before the process group and CUDA; else batches() does it."""
         if self._workers is None and self._data.workers:
-            ends = [Pipe(duplex=False) for _ in range(self._data.workers)]
-            self._orders = [send for _, send in ends]
-            receive = [receive for receive, _ in ends]
-
-            def produce(worker: int) -> Iterator[SubBatch]:
-                yield from self._sub_batches(receive[worker].recv(), worker)  # waits at its first item
-
-            self._workers = Workers(produce, self._data.workers, self._data.prefetch)
+            size = self._data.image_size
+            shape = (self._max_rows(), 3, size, size)
+            self._workers = Workers(self._produce, self._data.workers, self._data.prefetch, shape)
             self._unused = True
-            for end in receive:
-                end.close()
 
     def batches(
         self, epoch: int = 0, offset: int = 0, skipped: Sequence[tuple[int, int]] = ()
@@ -125,7 +119,7 @@ class TrainStream:
         An update is `accumulate` of them, together with those of the other ranks. `skipped` are half-open
         ranges [first, end) of data steps (epoch · steps_per_epoch + update) to leave out. A new call takes
         over from the one before. Raises ConfigError for an offset that is no whole number of updates,
-        DataError and OSError as LaneReader does, RuntimeError for a dead worker.
+        DataError and OSError as LaneReader does, WorkerError for a dead worker.
         """
         if (
             offset % self.share.global_batch
@@ -141,22 +135,16 @@ class TrainStream:
         if not self._unused:
             self.close()
         self.start()
+        assert self._workers is not None
+        self._workers.begin(begin)
         self._unused = False
-        for to_worker in self._orders:
-            to_worker.send(begin)
-        return self._gather(begin)
+        return self._gather(begin, self._workers)
 
     def close(self) -> None:
         """End the workers and close the files; batches() starts them anew."""
         if self._workers is not None:
-            if self._unused:
-                for end in self._orders:
-                    end.send(None)
             self._workers.close()
             self._workers = None
-        for end in self._orders:
-            end.close()
-        self._orders = []
         self._reader.close()
 
     def _schedule(self, begin: _From) -> Iterator[tuple[int, int, order.Ints]]:
@@ -165,56 +153,49 @@ class TrainStream:
             for micro in range(self.share.accumulate):
                 yield epoch, step, self.share.positions(step, micro)
 
-    def _sub_batches(self, begin: _From | None, worker: int) -> Iterator[SubBatch]:
-        if begin is None:  # closed before it was used
-            return
+    def _produce(self, worker: int, begin: _From, room: Room) -> Iterator[tuple[int, Rows]]:
         for epoch, _, positions in self._schedule(begin):
-            mine = positions[self._worker_of(positions) == worker]
-            yield self._reader.sub_batch(epoch, mine.tolist())
+            mine = positions[self._worker_of(positions) == worker].tolist()
+            yield len(mine), self._reader.read(epoch, mine, room())
 
     def _worker_of(self, positions: order.Ints) -> order.Ints:
         return order.worker_of(positions, self.share.world, self._data.workers)
 
     def _read_here(self, begin: _From) -> Iterator[Batch]:
         for epoch, step, positions in self._schedule(begin):
-            sub = self._reader.sub_batch(epoch, positions.tolist())
-            yield self._batch(epoch, step, positions, sub)
+            images = self._empty(len(positions))
+            yield self._batch(
+                epoch, step, positions, images, self._reader.read(epoch, positions.tolist(), images)
+            )
 
-    def _gather(self, begin: _From) -> Iterator[Batch]:
-        workers = self._workers
-        assert workers is not None
+    def _gather(self, begin: _From, workers: Workers[_From, Rows]) -> Iterator[Batch]:
         for epoch, step, positions in self._schedule(begin):
-            parts = [next(workers) for _ in range(self._data.workers)]
-            if len(parts) == 1:
-                yield self._batch(epoch, step, positions, parts[0])
-                continue
-            whole = SubBatch(self._empty(len(positions)), [0] * len(positions), [""] * len(positions))
+            images = self._empty(len(positions))
+            rows = Rows([0] * len(positions), [""] * len(positions))
             owner = self._worker_of(positions)
-            for worker, part in enumerate(parts):
-                rows = np.flatnonzero(owner == worker)
-                whole.images[torch.from_numpy(rows)] = part.images
-                for row, label, key in zip(rows.tolist(), part.labels, part.keys, strict=True):
-                    whole.labels[row], whole.keys[row] = label, key
-                whole.bad += part.bad
-            whole.bad.sort(key=lambda bad: bad.position)
-            yield self._batch(epoch, step, positions, whole)
+            for worker in range(self._data.workers):
+                part_images, part = next(workers)
+                at = np.flatnonzero(owner == worker)
+                images[torch.from_numpy(at)] = part_images
+                for i, label, key in zip(at.tolist(), part.labels, part.keys, strict=True):
+                    rows.labels[i], rows.keys[i] = label, key
+                rows.bad += part.bad
+            rows.bad.sort(key=lambda bad: bad.position)
+            yield self._batch(epoch, step, positions, images, rows)
 
-    def _empty(self, rows: int) -> torch.Tensor:
+    def _empty(self, rows: int) -> Tensor:
         size = self._data.image_size
         return torch.empty((rows, 3, size, size), dtype=torch.uint8, pin_memory=self._pin)
 
-    def _batch(self, epoch: int, step: int, positions: order.Ints, sub: SubBatch) -> Batch:
-        images = sub.images
-        if self._pin and not images.is_pinned():
-            images = self._empty(len(positions)).copy_(images)
+    def _batch(self, epoch: int, step: int, positions: order.Ints, images: Tensor, rows: Rows) -> Batch:
         return Batch(
             images=images,
-            labels=torch.tensor(sub.labels),
+            labels=torch.tensor(rows.labels),
             positions=torch.from_numpy(positions),
-            keys=sub.keys,
+            keys=rows.keys,
             step=epoch * self.steps_per_epoch + step,
             epoch=epoch,
-            bad=sub.bad,
+            bad=rows.bad,
         )
 
 
@@ -238,30 +219,37 @@ def eval_batches(
     share = math.ceil(index.num_samples / world)
     num_batches = math.ceil(share / evaluate.batch)
 
-    def batch(i: int) -> Batch:
-        rows = min(evaluate.batch, share - i * evaluate.batch)
+    def rows_of(i: int) -> int:
+        return min(evaluate.batch, share - i * evaluate.batch)
+
+    def count_of(i: int) -> int:
+        return max(0, min(rows_of(i), index.num_samples - rank * share - i * evaluate.batch))
+
+    def read(i: int, images: Tensor) -> tuple[Rows, list[bool]]:
+        return read_in_file_order(index, transform, rank * share + i * evaluate.batch, count_of(i), images)
+
+    def batch(i: int, images: Tensor, rows: Rows, good: list[bool]) -> Batch:
         first = rank * share + i * evaluate.batch
-        count = max(0, min(rows, index.num_samples - first))
-        sub, good = read_in_file_order(index, transform, image_size, first, count, rows)
-        positions = torch.full((rows,), -1, dtype=torch.int64)
-        positions[:count] = torch.arange(first, first + count)
-        return Batch(
-            sub.images,
-            torch.tensor(sub.labels),
-            positions,
-            sub.keys,
-            i,
-            0,
-            mask=torch.tensor(good),
-            bad=sub.bad,
-        )
+        positions = torch.full((len(images),), -1, dtype=torch.int64)
+        positions[: count_of(i)] = torch.arange(first, first + count_of(i))
+        labels, mask = torch.tensor(rows.labels), torch.tensor(good)
+        return Batch(images, labels, positions, rows.keys, step=i, epoch=0, mask=mask, bad=rows.bad)
 
     if not workers:
-        yield from map(batch, range(num_batches))
+        for i in range(num_batches):
+            images = torch.empty((rows_of(i), 3, image_size, image_size), dtype=torch.uint8)
+            yield batch(i, images, *read(i, images))
         return
     workers = min(workers, num_batches)
-    pool = Workers(lambda worker: map(batch, range(worker, num_batches, workers)), workers, prefetch)
+
+    def produce(worker: int, _: None, room: Room) -> Iterator[tuple[int, tuple[Rows, list[bool]]]]:
+        for i in range(worker, num_batches, workers):
+            yield rows_of(i), read(i, room()[: rows_of(i)])
+
+    pool = Workers(produce, workers, prefetch, (rows_of(0), 3, image_size, image_size))
     try:
-        yield from pool
+        pool.begin(None)
+        for i, (images, rest) in enumerate(pool):
+            yield batch(i, images.clone(), *rest)
     finally:
         pool.close()

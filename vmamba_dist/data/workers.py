@@ -1,114 +1,193 @@
 """Reader processes beside a training process.
 
 Law: a worker outlives every signal that was meant for its parent, and never the parent. Slurm and terminals
-signal every process of a job: the parent saves and then ends its workers, which until then ignore SIGINT,
-SIGUSR1, SIGUSR2 and SIGTERM (a worker that died first would turn the save into an error). When the parent is
-gone, however it went, the kernel kills its workers.
+signal every process of a job, and the parent saves before it ends: so a worker ignores SIGINT, SIGTERM, SIGUSR1
+and SIGUSR2. It is killed by close(), at the interpreter's end, and by the kernel when the parent is gone,
+however it went. A worker that dies first is an error at the next item, never a hang.
 
-Workers are forked: that takes milliseconds where a fresh interpreter imports for seconds, and they run only
-Pillow and single-threaded torch on the CPU. Start them before the process group and CUDA where possible.
+Images go through anonymous shared memory, a ring of `prefetch` + 1 slots a worker, which no limit of /dev/shm
+touches; the rest of an item is pickled through a pipe. Workers are forked: that takes milliseconds where a
+fresh interpreter imports for seconds, and they run only Pillow and single-threaded torch on the CPU. Start them
+before the process group and CUDA where possible.
 """
 
 from __future__ import annotations
 
+import atexit
+import math
+import mmap
 import multiprocessing
 import os
 import signal
 import warnings
-import weakref
-from collections.abc import Callable, Iterator
-from ctypes import c_bool
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkProcess
 from typing import Any, Generic, TypeVar
+from weakref import WeakSet
 
 import torch
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch import Tensor
 
 from vmamba_dist.core.dist import end_with_parent
 
-T = TypeVar("T")
+Order = TypeVar("Order")
+Rest = TypeVar("Rest")
 
 PATIENCE_S = 600  # a worker that yields nothing for so long has failed
 
+Room = Callable[[], Tensor]  # waits for a free slot and returns its memory
+Produce = Callable[[int, Order, Room], Iterator[tuple[int, Rest]]]
 
-class Workers(Generic[T]):
-    """Processes that each run produce(worker); iteration takes one item from each in turn.
 
-    A worker that raises, raises here; one that dies is a RuntimeError within 5 s. To be made and used in the
-    main thread, and closed.
+class WorkerError(RuntimeError):
+    """A reader process died or hangs."""
+
+
+class Workers(Generic[Order, Rest]):
+    """Processes that each run produce(worker, order, room) once begin(order) is called.
+
+    produce calls room() for each item, fills rows of it, (`shape[0]`, …) uint8, and yields (rows filled,
+    picklable rest). Iteration takes one item from each worker in turn, until the first that has no more: (images,
+    rest), the images valid until that worker's next item. An exception in a worker is raised here.
     """
 
-    def __init__(self, produce: Callable[[int], Iterator[T]], count: int, prefetch: int) -> None:
-        closing = multiprocessing.RawValue(c_bool, False)
-        with warnings.catch_warnings():
-            # Python ≥ 3.12 warns of any fork beside threads; the module's docstring says why it is right here.
-            warnings.filterwarnings(
-                "ignore", message=".*multi-threaded, use of fork", category=DeprecationWarning
+    def __init__(
+        self, produce: Produce[Order, Rest], count: int, prefetch: int, shape: Sequence[int]
+    ) -> None:
+        self._pid = os.getpid()
+        slots = prefetch + 1
+        memory = mmap.mmap(-1, max(1, count * slots * math.prod(shape)))
+        self._memory = torch.frombuffer(memory, dtype=torch.uint8).view(-1)
+        self._memory = self._memory[: count * slots * math.prod(shape)].view(count, slots, *shape)
+        self._taken = [0] * count  # items taken of each worker
+        self._turn = 0
+        self._ends: list[Connection] = []
+        self._processes: list[ForkProcess] = []
+        context = multiprocessing.get_context("fork")
+        for worker in range(count):
+            ours, theirs = context.Pipe()
+            process = context.Process(
+                target=_run,
+                args=(produce, worker, self._memory[worker], theirs, [*self._ends, ours], self._pid),
+                name=f"reader-{worker}",
+                daemon=True,
             )
-            # How many workers there are is the user's choice, and cores are shared by ranks.
-            warnings.filterwarnings("ignore", message="This DataLoader will create", category=UserWarning)
-            loader = DataLoader(
-                _Produced(produce),
-                batch_size=None,
-                num_workers=count,
-                prefetch_factor=prefetch,
-                collate_fn=_as_it_is,
-                worker_init_fn=_Settle(os.getpid(), closing),
-                multiprocessing_context="fork",
-                timeout=PATIENCE_S,
-                generator=torch.Generator(),  # else each start would draw from the caller's random state
-            )
-            self._items: Iterator[T] | None = iter(loader)
-        # Also at the interpreter's end, before multiprocessing ends and joins what is left.
-        self._allow_end = weakref.finalize(self, _set, closing)
+            with warnings.catch_warnings():
+                # Python ≥ 3.12 warns of any fork beside threads; above is why it is right here.
+                warnings.filterwarnings("ignore", message=".*use of fork", category=DeprecationWarning)
+                process.start()
+            theirs.close()  # before the next fork: a pipe that only its worker holds ends with it
+            self._ends.append(ours)
+            self._processes.append(process)
+        _open.add(self)
 
-    def __iter__(self) -> Iterator[T]:
+    def begin(self, order: Order) -> None:
+        for end in self._ends:
+            end.send(order)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Rest]]:
         return self
 
-    def __next__(self) -> T:
-        if self._items is None:
-            raise RuntimeError("the workers are closed")
-        return next(self._items)
+    def __next__(self) -> tuple[Tensor, Rest]:
+        if not self._ends:
+            raise WorkerError("the workers are closed")
+        worker, self._turn = self._turn, (self._turn + 1) % len(self._ends)
+        item = self._receive(worker)
+        if item is None:
+            raise StopIteration
+        if isinstance(item, BaseException):
+            raise item
+        rows, rest = item
+        slot = self._taken[worker] % self._memory.shape[1]
+        self._taken[worker] += 1
+        return self._memory[worker, slot, :rows], rest
+
+    def _receive(self, worker: int) -> tuple[int, Rest] | BaseException | None:
+        end, process = self._ends[worker], self._processes[worker]
+        try:
+            if self._taken[worker]:
+                end.send(True)  # the slot of the item before is free
+            ready = wait([end, process.sentinel], timeout=PATIENCE_S)
+            if end in ready or end.poll():
+                return end.recv()  # type: ignore[no-any-return]
+        except (EOFError, ConnectionError):
+            process.join(5)
+        else:
+            if not ready:
+                raise WorkerError(
+                    f"{process.name} (pid {process.pid}) has yielded nothing for {PATIENCE_S} s"
+                )
+        code = process.exitcode
+        how = (
+            f"was killed by signal {-code}"
+            if code is not None and code < 0
+            else f"ended with exit code {code}"
+        )
+        raise WorkerError(f"{process.name} (pid {process.pid}) {how}; its own message, if any, is on stderr")
 
     def close(self) -> None:
-        """End the workers; waits for the sample they are at, 5 s at most."""
-        self._allow_end()
-        self._items = None  # the loader's iterator joins them as it goes
+        """Kill the workers: they only read."""
+        if os.getpid() != self._pid:
+            return  # a fork of the owner
+        for process in self._processes:
+            process.kill()
+        for process in self._processes:
+            process.join()
+            process.close()
+        for end in self._ends:
+            end.close()
+        self._processes, self._ends = [], []
 
 
-class _Produced(IterableDataset[Any]):
-    def __init__(self, produce: Callable[[int], Iterator[Any]]) -> None:
-        self._produce = produce
+def _run(
+    produce: Produce[Order, Rest],
+    worker: int,
+    memory: Tensor,
+    end: Connection,
+    others: list[Connection],
+    parent: int,
+) -> None:
+    """Be a worker: wait for the order, then produce until the parent has gone."""
+    for ignored in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(ignored, signal.SIG_IGN)
+    end_with_parent()
+    if os.getppid() != parent:  # it went before we could ask to go with it
+        return
+    for other in others:
+        other.close()
+    torch.set_num_threads(1)
+    made = 0
 
-    def __iter__(self) -> Iterator[Any]:
-        info = get_worker_info()
-        assert info is not None
-        return self._produce(info.id)
+    def room() -> Tensor:
+        nonlocal made
+        slot = made % len(memory)
+        if made >= len(memory):
+            end.recv()
+        made += 1
+        return memory[slot]
+
+    try:
+        order = end.recv()
+        try:
+            for item in produce(worker, order, room):
+                end.send(item)
+            end.send(None)
+        except (EOFError, ConnectionError):
+            raise
+        except Exception as error:  # noqa: BLE001  it is raised in the parent
+            error.add_note(f"in {multiprocessing.current_process().name}")
+            end.send(error)
+        end.recv()  # nothing comes: wait for the end
+    except (EOFError, ConnectionError):
+        return  # the parent has closed its ends
 
 
-class _Settle:
-    """What a worker does first."""
-
-    def __init__(self, parent: int, closing: Any) -> None:
-        self._parent = parent
-        self._closing = closing
-
-    def __call__(self, worker: int) -> None:
-        signal.signal(signal.SIGTERM, self._end_when_closing)
-        for ignored in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
-            signal.signal(ignored, signal.SIG_IGN)
-        end_with_parent()
-        if os.getppid() != self._parent:  # it went before we could ask to go with it
-            os._exit(1)
-        torch.set_num_threads(1)
-
-    def _end_when_closing(self, number: int, frame: object) -> None:
-        if self._closing.value:
-            os._exit(0)
+_open: WeakSet[Workers[Any, Any]] = WeakSet()
 
 
-def _as_it_is(item: T) -> T:
-    return item
-
-
-def _set(flag: Any) -> None:
-    flag.value = True
+@atexit.register
+def _close_all() -> None:
+    """Kill what was not closed, before multiprocessing would join it for ever."""
+    for workers in list(_open):
+        workers.close()
