@@ -112,7 +112,9 @@ class Task:
         return kind != "success" or (isinstance(value, Report) and value.exit_code not in (0, REQUEUE))
 
 
-def follow(job: submitit.Job[Report], tasks: int, log: Path, *, since: int, out: TextIO = sys.stdout) -> int:
+def stay_with(
+    job: submitit.Job[Report], tasks: int, log: Path, *, since: int, out: TextIO = sys.stdout
+) -> int:
     """Show the lines that `log` gains after `since` bytes until the job ends; return its exit code."""
     ranks = [Task(rank, job) for rank in range(tasks)]
     controller = int(job.job_id)

@@ -1,4 +1,4 @@
-"""`vmamba train`: become the training process, or the torchrun that starts several.
+"""`vmamba train`: become the training process, or run several as a followed job.
 
 Law: nothing is added to `python -m vmamba_dist.train …`; it is the same run.
 """
@@ -9,23 +9,12 @@ import os
 import sys
 from collections.abc import Sequence
 
-from vmamba_dist.cluster import env
-from vmamba_dist.config import Config, load
-
-
-def command(config: Config, words: Sequence[str]) -> list[str]:
-    """The command line that trains with `launch.tasks` processes on this machine."""
-    launcher: list[str] = []
-    if config.launch.tasks > 1 and not env.under_launcher():
-        launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={config.launch.tasks}", "-m"]
-    return [sys.executable, "-m", *launcher, "vmamba_dist.train", *words]
+from vmamba_dist.cluster import env, submit
 
 
 def main(words: Sequence[str]) -> int:
-    """Check the config, then replace this process by the training."""
-    config = load(words)
-    if config.launch.tasks > 1:
-        env.share_threads(config.launch.tasks)
-    line = command(config, words)
-    sys.stdout.flush()
-    os.execv(line[0], line)
+    """Train here with `launch.tasks` processes; return 0, 75 (stopped and saved), 2 (misused) or 1."""
+    intent = submit.plan("train", words)
+    if intent.config.launch.tasks == 1 or env.under_launcher():
+        os.execv(sys.executable, [sys.executable, "-m", "vmamba_dist.train", *words])
+    return submit.run_as_job(intent, follow=True)

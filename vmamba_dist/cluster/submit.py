@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import fcntl
 import os
-import sys
+import shlex
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -17,7 +17,7 @@ from pathlib import Path
 
 from vmamba_dist.cluster import env
 from vmamba_dist.cluster.executors import apart_from_terminal, local_executor
-from vmamba_dist.cluster.follow import REQUEUE, follow
+from vmamba_dist.cluster.follow import REQUEUE, stay_with
 from vmamba_dist.cluster.job import TrainJob
 from vmamba_dist.config import Config, load, to_dict
 
@@ -29,7 +29,7 @@ class Plan:
     """What a submission will do."""
 
     config: Config
-    words: tuple[str, ...]
+    command: str  # that starts the same again
 
     @property
     def run_dir(self) -> Path:
@@ -43,32 +43,31 @@ class Plan:
         """The plan for people: where, how many, and each value that is not a default."""
         launch = self.config.launch
         kind = "this process" if launch.cluster == "debug" else f"{_processes(launch.tasks)} on this machine"
-        command = " ".join(["vmamba", "submit", *self.words])
         head = {
             "run": str(self.run_dir),
             "where": kind,
             "logs": f"{self.job_folder}/START/",
-            "command": command,
+            "command": self.command,
         }
         changed = [f"  {key}={value}" for key, value in _changes(self.config)]
         return "\n".join([*(f"{key:<8} {value}" for key, value in head.items()), "config", *changed])
 
 
-def plan(words: Sequence[str]) -> Plan:
+def plan(verb: str, words: Sequence[str]) -> Plan:
     """Resolve the words of a command line. Raises ConfigError."""
-    return Plan(load(words), tuple(words))
+    return Plan(load(words), shlex.join(["vmamba", verb, *words]))
 
 
 def main(words: Sequence[str]) -> int:
     """Run `submit` with the words of its command line; return the job's exit code."""
     dry = "--dry-run" in words
-    intent = plan([word for word in words if word != "--dry-run"])
+    intent = plan("submit", [word for word in words if word != "--dry-run"])
     if dry:
         print(intent.text())
         return 0
     if intent.config.launch.cluster == "debug":
         return _run_here(intent)
-    return _run_as_job(intent)
+    return run_as_job(intent, follow=intent.config.launch.follow)
 
 
 def _processes(count: int) -> str:
@@ -93,15 +92,15 @@ def _run_here(intent: Plan) -> int:
     return run(intent.config).exit_code
 
 
-def _run_as_job(intent: Plan) -> int:
+def run_as_job(intent: Plan, *, follow: bool) -> int:
+    """Start the plan's processes. Followed, they end with this process, and their exit code is returned."""
     launch = intent.config.launch
-    folder = (
-        intent.job_folder / f"{datetime.now():%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:6]}"
-    )  # of this start alone
+    start = f"{datetime.now():%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:6]}"
+    folder = intent.job_folder / start  # of this start alone: ranks of an earlier one never meet there
     folder.mkdir(parents=True)
     log = intent.run_dir / LOG
     since = log.stat().st_size if log.exists() else 0
-    tether = folder / "tether" if launch.follow else None
+    tether = folder / "tether" if follow else None
     work = TrainJob(
         config=to_dict(intent.config),
         rendezvous=f"file://{folder}/rendezvous",
@@ -115,14 +114,14 @@ def _run_as_job(intent: Plan) -> int:
             f"{launch.name}: job {job.job_id}, {_processes(launch.tasks)}, run {intent.config.run.dir}",
             flush=True,
         )
-        if not launch.follow:
+        if not follow:
             print(
                 f"it goes on alone; progress: tail -f {log}; to stop it (it saves first): kill {job.job_id}"
             )
             return 0
-        code = follow(job, launch.tasks, log, since=since)
+        code = stay_with(job, launch.tasks, log, since=since)
     if code == REQUEUE:
-        print(f"stopped; to go on: {' '.join(['vmamba', 'submit', *intent.words])}")
+        print(f"stopped; to go on: {intent.command}")
     return code
 
 
@@ -136,7 +135,3 @@ def _held(tether: Path) -> Iterator[None]:
     finally:
         tether.unlink()
         os.close(descriptor)
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
