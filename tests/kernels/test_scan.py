@@ -1,6 +1,7 @@
 """The fast selective scan is the reference, in value and in every gradient, whatever the shape, dtype or layout."""
 
 import json
+import logging
 from functools import partial
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from vmamba_kernels import BackendError, resolve_backend, selective_scan
+from vmamba_kernels import BackendError, backend, resolve_backend, selective_scan
 from vmamba_kernels.scan import fast, recurrence
 from vmamba_kernels.scan.reference import selective_scan_reference
 from vmamba_kernels.testing import SCAN_SHAPES, ScanShape, golden_tensor, relative_max, value_and_gradients
@@ -212,6 +213,14 @@ def test_flops_are_counted():
     with FlopCounterMode(display=False) as counter:
         selective_scan(**leaves).sum().backward()
     assert counter.get_total_flops() == 3 * forward
+
+
+def test_the_choice_is_logged_once(caplog):
+    backend._announce.cache_clear()
+    with caplog.at_level(logging.INFO, logger="vmamba_kernels"):
+        for _ in range(3):
+            assert resolve_backend("auto", "cpu") == "torch"
+    assert [record.message for record in caplog.records] == ["selective scans on cpu run on the PyTorch path"]
 
 
 def test_explicit_triton_says_why_it_cannot_run():

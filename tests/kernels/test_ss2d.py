@@ -156,6 +156,16 @@ def test_flops_are_counted():
     assert counter.get_total_flops() == 3 * forward
 
 
+def test_evaluation_first_does_not_spoil_training():
+    """The walks are cached: made under inference mode and a foreign default device, they must serve autograd too."""
+    fast._walks.cache_clear()
+    inputs = ImageShape(2, 3, 4, 3, 1).inputs()
+    leaves = {n: t for n, t in inputs.items() if n != "dy"}
+    with torch.inference_mode(), torch.device("meta"):
+        y = ss2d_scan(**leaves)
+    assert relative_max(y, value_and_gradients(ss2d_scan, inputs)["y"]) == 0
+
+
 def test_mistakes_are_named():
     inputs = IMAGE_SHAPES[1].inputs()
     del inputs["dy"]

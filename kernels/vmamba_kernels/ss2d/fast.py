@@ -28,7 +28,7 @@ class _Walk(NamedTuple):
 @lru_cache(maxsize=256)
 def _walks(pattern: str, height: int, width: int, chunk: int, device: torch.device) -> tuple[_Walk, ...]:
     tokens = scan_order(pattern, height, width).t()
-    projections = tokens + torch.arange(4) * tokens.shape[0]
+    projections = tokens + torch.arange(4, device="cpu") * tokens.shape[0]
     parts = zip(torch.split(tokens, chunk), torch.split(projections, chunk), strict=True)
     return tuple(_Walk(len(t), t.flatten().to(device), p.flatten().to(device)) for t, p in parts)
 

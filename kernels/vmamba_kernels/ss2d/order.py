@@ -4,8 +4,6 @@ Directions in the official order: row-major, column-major, and the reverse of ea
 reversed sequences of 0 and 1. The diagnostic patterns keep four parameter sets and walk rows only.
 """
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor
 
@@ -13,16 +11,11 @@ PATTERNS = ("cross2d", "unidi", "bidi")
 
 
 def scan_order(pattern: str, height: int, width: int) -> Tensor:
-    """Return (4, L) int64: the row-major index that each direction visits at each step; L = height * width.
+    """Return (4, L) int64 on the CPU: the row-major index each direction visits at each step; L = height * width.
 
     Raises ValueError for a pattern that is not one of PATTERNS.
     """
-    return _table(pattern, height, width).clone()
-
-
-@lru_cache(maxsize=64)
-def _table(pattern: str, height: int, width: int) -> Tensor:
-    rows = torch.arange(height * width)
+    rows = torch.arange(height * width, device="cpu")
     columns = rows.view(height, width).t().reshape(-1)
     if pattern == "cross2d":
         walks = (rows, columns, rows.flip(0), columns.flip(0))
