@@ -32,8 +32,8 @@ from vmamba_kernels.testing import (
     SCAN_SHAPES,
     ImageShape,
     ScanShape,
-    relative_max,
     value_and_gradients,
+    worst,
 )
 
 Scan = Callable[..., Tensor]
@@ -51,10 +51,10 @@ def implementations(shape: ScanShape | ImageShape) -> tuple[Scan, Scan]:
 def gate(shape: ScanShape | ImageShape) -> float:
     """Return the worst relative difference over the value and all gradients; exit where it is too large."""
     reference, fast = (value_and_gradients(f, shape.inputs(), torch.float32) for f in implementations(shape))
-    worst = max(relative_max(fast[name], reference[name]) for name in reference)
-    if not worst <= TOLERANCE:
-        sys.exit(f"{shape}: the fast scan differs from its definition by {worst:.1e}; nothing was timed")
-    return worst
+    difference = worst(fast, reference)
+    if not difference <= TOLERANCE:
+        sys.exit(f"{shape}: the fast scan differs from its definition by {difference:.1e}; nothing was timed")
+    return difference
 
 
 class Stopwatch:
@@ -132,7 +132,7 @@ def main() -> None:
     if args.peak_of:
         measure_peak(args.peak_of)
         return
-    worst = max(gate(shape) for shape in (*SCAN_SHAPES, *IMAGE_SHAPES, *BENCHMARKS))
+    difference = max(gate(shape) for shape in (*SCAN_SHAPES, *IMAGE_SHAPES, *BENCHMARKS))
     rows = []
     for shape in BENCHMARKS:
         (ref_f, ref_b), (fast_f, fast_b) = timed(shape, args.repetitions)
@@ -160,7 +160,7 @@ def main() -> None:
     )
     publish("scan_cpu", "The scans on a CPU: definition against fast path", [
         f"Gate: {len(SCAN_SHAPES) + len(IMAGE_SHAPES) + len(BENCHMARKS)} shapes, value and every gradient, "
-        f"worst relative difference {worst:.1e} (allowed {TOLERANCE:.0e}).",
+        f"worst relative difference {difference:.1e} (allowed {TOLERANCE:.0e}).",
         f"Times are CPU time, forward / backward, medians of {args.repetitions} interleaved samples. Memory is what "
         "one forward and backward, gradients included, adds to the resident set of a fresh process at its peak (VmHWM "
         "after a reset, less VmRSS before; glibc told to return every freed block of 64 KiB at once).",

@@ -34,6 +34,13 @@ def _relative(actual: Tensor, expected: Tensor, size: Callable[[Tensor], float])
     return difference / max(size(expected.detach().double()), torch.finfo(torch.float64).tiny)
 
 
+def worst(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    """Return the largest relative_max over tensors by name; inf where the names differ."""
+    if actual.keys() != expected.keys():
+        return math.inf
+    return max(relative_max(actual[name], expected[name]) for name in expected)
+
+
 def golden_tensor(name: str, shape: Sequence[int]) -> Tensor:
     """Return the float64 tensor in [-1, 1) that a name and a shape stand for: splitmix64 seeded by crc32(name)."""
     mask = (1 << 64) - 1

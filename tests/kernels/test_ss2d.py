@@ -13,14 +13,9 @@ from vmamba_kernels import PATTERNS, BackendError, scan_order, ss2d_scan
 from vmamba_kernels.scan import recurrence
 from vmamba_kernels.ss2d import fast
 from vmamba_kernels.ss2d.reference import ss2d_scan_reference
-from vmamba_kernels.testing import IMAGE_SHAPES, ImageShape, relative_max, value_and_gradients
+from vmamba_kernels.testing import IMAGE_SHAPES, ImageShape, relative_max, value_and_gradients, worst
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-
-
-def worst(actual, expected):
-    assert actual.keys() == expected.keys()
-    return max(relative_max(actual[name], expected[name]) for name in expected)
 
 
 def test_scan_orders_are_the_official_ones():
