@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -145,17 +146,35 @@ def test_the_same_run_three_ways(words: list[str], tmp_path: Path) -> None:
     assert ours == theirs
 
 
-def test_a_killed_follower_takes_its_job_along_and_the_next_start_goes_on(
-    words: list[str], tmp_path: Path
+def controller(run: Path) -> int:
+    """The process that submitit put between the follower and the ranks."""
+    return int(Path(f"/proc/{pids(run)[0]}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+@pytest.mark.parametrize("victim", ["follower", pytest.param("controller", marks=pytest.mark.slow)])
+def test_a_killed_launcher_takes_its_job_along_and_the_next_start_goes_on(
+    words: list[str], tmp_path: Path, victim: str
 ) -> None:
     run = tmp_path / "run"
     with running([*SUBMIT, *words], run, step=5) as process:
-        process.kill()
+        os.kill(process.pid if victim == "follower" else controller(run), signal.SIGKILL)
         code, _, err = finish([*SUBMIT, *words, "run.max_steps=12"])
     assert code == 0, err
-    assert "attempt 2" in (run / "train.log").read_text()
+    begun = re.findall(r"attempt (\d+) begins at step (\d+)", (run / "train.log").read_text())
+    assert [attempt for attempt, _ in begun] == ["1", "2"]
+    assert int(begun[1][1]) in (5, 9)  # after a checkpoint: one every four steps
     assert [line["step"] for line in steps(run)] == list(range(1, 13))
     assert not any(alive(pid) for pid in pids(run))
+
+
+@pytest.mark.slow
+def test_a_killed_rank_ends_the_job_and_is_named(words: list[str], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with running([*SUBMIT, *words], run, step=2) as process:
+        os.kill(int(next(run.glob("slurm/*/1.pid")).read_text()), signal.SIGKILL)
+        _, err = process.communicate(timeout=LIMIT_S)
+    assert process.returncode == 1
+    assert "rank 1 ended without a word" in err
 
 
 def test_a_job_that_stands_alone_goes_on_and_is_stopped_by_its_id(words: list[str], tmp_path: Path) -> None:
