@@ -6,8 +6,8 @@ bin=${VENV:-.venv}/bin run=runs/quickstart data=data/digits
 if [ ! -f "$data/_info.json" ]; then "$bin/vmamba" shards pack digits "$data" --overwrite; fi
 "$bin/python" launch/submit.py config=configs/quickstart.yaml "run.dir=$run" "data.train=$data"
 echo "evaluating the newest checkpoint in a fresh process"
-accuracy=$("$bin/vmamba" eval "eval.checkpoint=$run" "eval.data=$data" |
-  "$bin/python" -c 'import json, sys; r = json.load(sys.stdin); print(f"{r["top1"]:.2f} % of {r["num_samples"]:.0f} test images")')
+result=$("$bin/vmamba" eval "eval.checkpoint=$run" "eval.data=$data")
+say='import json, sys; print("accuracy {top1:.2f} % of {num_samples:.0f} test images".format(**json.loads(sys.argv[1])))'
 echo
-echo "accuracy $accuracy"
+"$bin/python" -c "$say" "$result"
 "$bin/python" launch/status.py "$run"

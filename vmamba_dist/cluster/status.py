@@ -38,9 +38,15 @@ def text(run: Path) -> str:
     rate = throughput(lines)
     speed = "" if rate is None else f"{rate:.0f} samples/s"
     where = f"step {last['step']}, loss {last['loss']:.4f}" if lines else "no step yet"
-    tensorboard = f"{Path(sys.executable).parent / 'tensorboard'} --logdir {run / 'tensorboard'}"
-    rows = {"trained": where, "speed": speed, "run": str(run), "remove": f"rm -r {run}", "look": tensorboard}
+    look = f"{_beside_python('tensorboard')} --logdir {run / 'tensorboard'}"
+    rows = {"trained": where, "speed": speed, "run": str(run), "look": look, "remove": f"rm -r {run}"}
     return "\n".join(f"{key:<8} {value}" for key, value in rows.items() if value)
+
+
+def _beside_python(name: str) -> str:
+    """The command `name` of this environment, as short as it can be written from here."""
+    path = Path(sys.executable).parent / name
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
 def main(words: Sequence[str]) -> int:
