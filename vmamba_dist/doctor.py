@@ -9,6 +9,7 @@ import importlib
 import importlib.metadata
 import os
 import platform
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -17,6 +18,7 @@ from pathlib import Path
 
 from vmamba_dist.config.schema import ConfigError
 
+INSTALL = "pip install -c constraints.txt -e ."
 NEEDED_DISK_GIB = 2.0  # a run of the quick start, its data, and room for a checkpoint
 NEEDED_MEMORY_GIB = 2.0
 SHARED_MEMORY_GIB = 1.0  # DataLoader workers hand batches over through it
@@ -115,14 +117,22 @@ def cores() -> Finding:
     return Finding("cores", f"{count}; OMP_NUM_THREADS {threads}")
 
 
+def dependencies() -> list[Finding]:
+    """The packages that ours names and that are not here."""
+    try:
+        named = importlib.metadata.requires("vmamba-dist") or []
+    except importlib.metadata.PackageNotFoundError:
+        return [Finding("vmamba-dist", "used from its folder, not installed", INSTALL)]
+    always = [re.split(r"[^A-Za-z0-9._-]", name, maxsplit=1)[0] for name in named if "extra ==" not in name]
+    return [found for name in always if (found := package(name, INSTALL, needed=True)).fix]
+
+
 def findings() -> list[Finding]:
     """Everything worth knowing, in the order in which it is needed."""
-    ours = "pip install -e . -c constraints.txt"
-    required = ("torchvision", "timm", "webdataset", "omegaconf", "submitit", "safetensors", "tensorboard")
     checks: Iterable[Callable[[], list[Finding]]] = (
         lambda: [python()],
         torch_findings,
-        lambda: [found for name in required if (found := package(name, ours, needed=True)).fix],
+        dependencies,
         lambda: [cores(), memory(), shared_memory(), free_disk(Path.cwd())],
         lambda: [package("triton", "pip install -c constraints.txt torch  (torch for CUDA brings it)")],
         lambda: [package("deepspeed", "pip install deepspeed")],

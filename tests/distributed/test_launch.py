@@ -197,7 +197,7 @@ def test_a_second_start_names_the_first(words: list[str], tmp_path: Path) -> Non
         code, _, err = finish([*SUBMIT, *words])
     assert code == 2
     assert "in use by attempt 1" in err
-    assert any(f"pid {pid}" in err for pid in pids(run))
+    assert any(f"pid {pid}" in err and err.rstrip().endswith(f"kill {pid}") for pid in pids(run))
 
 
 def test_a_mistake_that_only_the_job_sees_is_one_line(words: list[str], tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 from vmamba_dist.cluster import env
 from vmamba_dist.cluster.mistakes import MISUSED, USER_ERRORS
 from vmamba_dist.config import from_dict
+from vmamba_dist.core.rundir import RunBusy, last_attempt
 
 FAILED = 1
 
@@ -61,6 +62,8 @@ class TrainJob:
             return Report(FAILED, "the launcher has ended")
         try:
             return Report(run(from_dict(self.config)).exit_code)
+        except RunBusy as error:
+            return Report(MISUSED, f"{error}. {_about_the_owner(Path(self.config['run']['dir']))}")
         except USER_ERRORS as error:
             return Report(MISUSED, str(error))
 
@@ -68,6 +71,12 @@ class TrainJob:
 def pid_file(folder: Path, rank: int) -> Path:
     """Where the task of `rank` writes its process id, in the job's own folder."""
     return folder / f"{rank}.pid"
+
+
+def _about_the_owner(run: Path) -> str:
+    owner = last_attempt(run)
+    stop = f"; stop it, it saves first: kill {owner.pid}" if owner else ""
+    return f"Watch it: tail -f {run / 'train.log'}{stop}"
 
 
 def _end_with(tether: str) -> None:

@@ -1,0 +1,109 @@
+"""The parts of a job that need no job: its plan, its log's tail, its status, its environment."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import signal
+from pathlib import Path
+
+import pytest
+
+from vmamba_dist.cluster import env, executors, status
+from vmamba_dist.cluster.follow import Requests, Tail
+from vmamba_dist.cluster.job import TrainJob
+from vmamba_dist.cluster.submit import plan
+from vmamba_dist.config import ConfigError, load, to_dict
+
+
+def test_a_job_survives_its_pickle() -> None:
+    job = TrainJob(to_dict(load(["optim.lr=1e-3"])), "file:///nowhere", None, None)
+    assert pickle.loads(pickle.dumps(job)) == job
+
+
+def test_a_plan_lists_what_is_not_a_default_and_the_command() -> None:
+    text = plan("submit", ["optim.lr=0.25", "launch.tasks=3", "run.dir=my runs/a"]).text()
+    assert "  optim.lr=0.25" in text
+    assert "3 processes" in text
+    assert "vmamba submit optim.lr=0.25 launch.tasks=3 'run.dir=my runs/a'" in text
+    assert "weight_decay" not in text
+
+
+def test_a_tail_gives_each_whole_line_once(tmp_path: Path) -> None:
+    log = tmp_path / "train.log"
+    tail = Tail(log, position=4)
+    assert tail.lines() == []
+    log.write_text("old\nfirst\nsec")
+    assert tail.lines() == ["first"]
+    assert tail.lines() == []
+    with log.open("a") as file:
+        file.write("ond\nthird\n")
+    assert tail.lines() == ["second", "third"]
+
+
+def test_a_wish_to_stop_is_counted_and_the_handlers_come_back() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    requests = Requests()
+    with requests.listening():
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            os.kill(os.getpid(), number)
+    assert requests.count == 3
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_status_counts_no_torn_line_and_the_median_step(tmp_path: Path) -> None:
+    rates = [1.0, 300.0, 310.0, 290.0, 5.0]
+    lines = [
+        json.dumps({"step": i, "loss": 2 / i, "samples_per_s": rate}) + "\n"
+        for i, rate in enumerate(rates, 1)
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(lines) + '{"step": 6, "lo')
+    text = status.text(tmp_path)
+    assert "step 5, loss 0.4000" in text
+    assert "290 samples/s" in text
+    assert f"rm -r {tmp_path}" in text
+
+
+def test_status_of_a_run_that_has_not_begun(tmp_path: Path) -> None:
+    assert "no step yet" in status.text(tmp_path)
+    with pytest.raises(ConfigError, match="no run directory"):
+        status.text(tmp_path / "nowhere")
+
+
+def test_threads_are_shared_unless_the_user_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    cores = len(os.sched_getaffinity(0))
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    env.share_threads(1)
+    assert os.environ["OMP_NUM_THREADS"] == "7"
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    env.share_threads(1)
+    assert os.environ["OMP_NUM_THREADS"] == str(cores)
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    env.share_threads(1000)
+    assert os.environ["OMP_NUM_THREADS"] == "1"
+
+
+@pytest.mark.parametrize("value", [None, "", "2,3", "GPU-8b2c1d"], ids=["unset", "none", "two", "by name"])
+def test_a_job_sees_the_submitters_gpus(value: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if value is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", value)
+    seen = env.visible_devices()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    env.show_devices(seen)
+    assert env.visible_devices() == value
+
+
+def test_what_starts_apart_from_the_terminal_writes_to_its_log(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    log = tmp_path / "controller.log"
+    before = signal.getsignal(signal.SIGINT)
+    with executors.apart_from_terminal(log):
+        os.system("echo hidden")
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    os.system("echo shown")
+    assert log.read_text() == "hidden\n"
+    assert capfd.readouterr().out == "shown\n"
+    assert signal.getsignal(signal.SIGINT) == before
