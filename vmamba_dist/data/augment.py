@@ -199,7 +199,8 @@ class Normalize:
         if device not in self._on:
             self._on[device] = self._mean.to(device), self._scale.to(device)
         mean, scale = self._on[device]
-        return images.to(device, non_blocking=True).float().sub_(mean).mul_(scale)
+        there = images.to(device, non_blocking=True)
+        return there.to(torch.float32, memory_format=torch.contiguous_format).sub_(mean).mul_(scale)
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ class BadSample:
 class Batch:
     """One rank's micro-batch, on the host, in position order."""
 
-    images: Tensor  # (B, 3, S, S) uint8
+    images: Tensor  # (B, 3, S, S) uint8, channels last in memory as decoders leave them
     labels: Tensor  # (B,) int64
     positions: Tensor  # (B,) int64: in the epoch, ascending; -1 where evaluation pads
     keys: list[str]

@@ -51,7 +51,8 @@ def decode(data: bytes) -> Image.Image:
         if image.width * image.height > MAX_PIXELS:
             raise DecodeError(f"{image.width}×{image.height} px is more than {MAX_PIXELS} px")
         image.load()
-        return _to_rgb(ImageOps.exif_transpose(image))
+        ImageOps.exif_transpose(image, in_place=True)
+        return _to_rgb(image)
     except DecodeError:
         raise
     except UnidentifiedImageError as error:

@@ -111,19 +111,15 @@ class Workers(Generic[Order, Rest]):
             ready = wait([end, process.sentinel], timeout=PATIENCE_S)
             if end in ready or end.poll():
                 return end.recv()  # type: ignore[no-any-return]
-        except (EOFError, ConnectionError):
-            process.join(5)
-        else:
             if not ready:
-                raise WorkerError(
-                    f"{process.name} (pid {process.pid}) has yielded nothing for {PATIENCE_S} s"
-                )
+                name = f"{process.name} (pid {process.pid})"
+                raise WorkerError(f"{name} has yielded nothing for {PATIENCE_S} s")
+        except (EOFError, ConnectionError):
+            pass  # its end of the pipe closed as it died
+        process.join(5)  # its pipes close a little before it can be waited for
         code = process.exitcode
-        how = (
-            f"was killed by signal {-code}"
-            if code is not None and code < 0
-            else f"ended with exit code {code}"
-        )
+        killed = code is not None and code < 0
+        how = f"was killed by signal {-code}" if killed and code else f"ended with exit code {code}"
         raise WorkerError(f"{process.name} (pid {process.pid}) {how}; its own message, if any, is on stderr")
 
     def close(self) -> None:
@@ -178,7 +174,8 @@ def _run(
         except Exception as error:  # noqa: BLE001  it is raised in the parent
             error.add_note(f"in {multiprocessing.current_process().name}")
             end.send(error)
-        end.recv()  # nothing comes: wait for the end
+        while True:  # an end of ours that closes with unread tokens would take our last item along
+            end.recv()
     except (EOFError, ConnectionError):
         return  # the parent has closed its ends
 
