@@ -175,6 +175,20 @@ def test_the_callers_random_state_is_untouched(index: Index) -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_memory_is_taken_again_but_never_while_any_part_is_held(index: Index, workers: int) -> None:
+    whole = take(16, stream(index))
+    made = stream(index, workers)
+    batches = made.batches()
+    views = [next(batches).images[3, 1:] for _ in range(4)]
+    places = [next(batches).images.data_ptr() for _ in range(8)]
+    views += [next(batches).images[3, 1:] for _ in range(4)]
+    made.close()
+    assert len(set(places)) <= 2
+    for view, batch in zip(views, whole[:4] + whole[12:], strict=True):
+        assert torch.equal(view, batch.images[3, 1:])
+
+
 def test_lanes_decide_the_order_and_blocks_may_span_shards(index: Index) -> None:
     orders = {
         tuple(key for b in take(8, stream(index, lanes=lanes)) for key in b.keys) for lanes in (2, 4, 6, 96)

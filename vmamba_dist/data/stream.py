@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import logging
 import math
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from vmamba_dist.config.schema import AugmentConfig, ConfigError, DataConfig, EvalConfig
@@ -63,7 +65,8 @@ class TrainStream:
             index.num_samples % data.global_batch
         )  # samples at an epoch's end that none learns from
         self._data = data
-        self._pin = pin_memory
+        self._pin = pin_memory  # torch keeps pinned memory for the next batch by itself
+        self._memory = _Recycled((self.share.micro_batch, data.image_size, data.image_size, 3))
         self._reader = LaneReader(
             index,
             TrainTransform(augment, data.image_size),
@@ -186,8 +189,10 @@ class TrainStream:
             yield self._batch(epoch, step, positions, images, rows)
 
     def _empty(self, rows: int) -> Tensor:
+        if not self._pin:
+            return channels_first(self._memory.take())
         size = self._data.image_size
-        return channels_first(torch.empty((rows, size, size, 3), dtype=torch.uint8, pin_memory=self._pin))
+        return channels_first(torch.empty((rows, size, size, 3), dtype=torch.uint8, pin_memory=True))
 
     def _batch(self, epoch: int, step: int, positions: order.Ints, images: Tensor, rows: Rows) -> Batch:
         return Batch(
@@ -199,6 +204,20 @@ class TrainStream:
             epoch=epoch,
             bad=rows.bad,
         )
+
+
+class _Recycled:
+    """Memory for batches, taken again when nobody holds any part of it: fresh memory costs a fault a page."""
+
+    def __init__(self, shape: Sequence[int]) -> None:
+        self._shape = shape
+        self._free: list[NDArray[np.uint8]] = []
+
+    def take(self) -> Tensor:
+        block = self._free.pop() if self._free else np.empty(self._shape, np.uint8)
+        lease = block[...]  # lives as long as the tensor's storage does
+        weakref.finalize(lease, self._free.append, block).atexit = False
+        return torch.from_numpy(lease)
 
 
 def channels_first(images: Tensor) -> Tensor:
