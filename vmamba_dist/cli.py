@@ -13,8 +13,9 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from vmamba_dist.cluster.mistakes import MISUSED, USER_ERRORS
-from vmamba_dist.config.schema import ConfigError
+from vmamba_dist.config.schema import ConfigError, UserError
+
+MISUSED = 2  # a user's mistake, told in one line
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ def guarded(function: Callable[[Sequence[str]], int], words: Sequence[str]) -> i
     """Call a command's function; tell the user's own mistakes in one line."""
     try:
         return function(words)
-    except USER_ERRORS as error:
+    except UserError as error:
         print(f"vmamba: {error}", file=sys.stderr)
         return MISUSED
     except KeyboardInterrupt:

@@ -23,7 +23,7 @@ from vmamba_dist.data.augment import (
     TrainTransform,
     borrowed_generator,
     draw_mix,
-    sample_seed,
+    sample_seeds,
 )
 from vmamba_dist.data.batch import Batch
 
@@ -67,7 +67,7 @@ def test_a_sample_is_a_function_of_its_seed_and_the_callers_state_is_untouched(c
 
     def make(position: int) -> torch.Tensor:
         with borrowed_generator() as random:
-            random.manual_seed(sample_seed(1, 2, position))
+            random.manual_seed(sample_seeds(1, 2, [position])[0])
             return transform(picture(5))
 
     images = [make(position) for position in range(8)]
@@ -91,8 +91,10 @@ def test_the_generator_comes_back_also_after_an_error() -> None:
 
 
 def test_sample_seeds_differ() -> None:
-    seeds = {sample_seed(s, e, p) for s in range(3) for e in range(3) for p in range(200)}
-    assert len(seeds) > 1795
+    seeds = {made for s in range(3) for e in range(3) for made in sample_seeds(s, e, range(200))}
+    assert len(seeds) == 1800
+    assert sample_seeds(1, 2, range(9))[5:7] == sample_seeds(1, 2, [5, 6])
+    assert all(0 <= made < 2**32 for made in seeds)
 
 
 @pytest.mark.parametrize("name", RandAugment.OPERATIONS)

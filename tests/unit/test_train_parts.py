@@ -16,6 +16,7 @@ from vmamba_dist.models import create_model
 from vmamba_dist.objectives.base import Inputs
 from vmamba_dist.objectives.classify import Classify
 from vmamba_dist.objectives.drop_path import keep_masks
+from vmamba_dist.train import stopping
 from vmamba_dist.train.ema import Ema
 from vmamba_dist.train.health import find_nonfinite, too_many_bad
 from vmamba_dist.train.loop import lookahead
@@ -97,12 +98,16 @@ def test_patience_counts_evaluations_since_the_best() -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR2, signal.SIGTERM, signal.SIGINT], ids=lambda s: s.name)
-def test_a_signal_sets_a_flag_and_the_second_interrupt_does_not_wait(number: signal.Signals) -> None:
+def test_a_signal_sets_a_flag_and_a_later_interrupt_does_not_wait(
+    number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = signal.getsignal(number)
     with StopRequest().listening() as stop:
         assert not stop.requested
         os.kill(os.getpid(), number)
         assert stop.signal == number
+        os.kill(os.getpid(), signal.SIGINT)  # a launcher passing on the same Ctrl-C
+        monkeypatch.setattr(stopping, "AGAIN_S", 0.0)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(number) == before

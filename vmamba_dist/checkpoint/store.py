@@ -25,6 +25,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vmamba_dist.config.schema import UserError
 from vmamba_dist.core.rundir import sync_directory
 
 FORMAT = 1
@@ -34,7 +35,7 @@ _LEFT_OVER = re.compile(r"step-\d{9,}\.tmp")
 _REPLACED = re.compile(r"(step-\d{9,})\.replaced")
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(UserError, RuntimeError):
     """A checkpoint cannot be written, found or read; the message names the rank, the path and the cause."""
 
 

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from vmamba_dist.cluster import env
-from vmamba_dist.cluster.mistakes import MISUSED, USER_ERRORS
-from vmamba_dist.config import from_dict
+from vmamba_dist.config import UserError, from_dict
 from vmamba_dist.core.rundir import RunBusy, last_attempt
 
 FAILED = 1
+MISUSED = 2  # a user's mistake, told in one line
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class TrainJob:
             return Report(run(from_dict(self.config)).exit_code)
         except RunBusy as error:
             return Report(MISUSED, f"{error}. {_about_the_owner(Path(self.config['run']['dir']))}")
-        except USER_ERRORS as error:
+        except UserError as error:
             return Report(MISUSED, str(error))
 
 

@@ -11,7 +11,11 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 
-class ConfigError(ValueError):
+class UserError(Exception):
+    """What its user can mend: told in one line, without a traceback."""
+
+
+class ConfigError(UserError, ValueError):
     """A user's mistake in a config: the message names the key, the value and the fix."""
 
 

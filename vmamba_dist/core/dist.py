@@ -100,6 +100,7 @@ def world(device: str = "auto", timeout_s: float = 600.0) -> Iterator[World]:
         device_id=place.device if place.device.type == "cuda" else None,
     )
     try:
+        agree(True)  # a rank that fails before all have met would leave the others waiting for it
         yield place
     finally:
         dist.destroy_process_group()

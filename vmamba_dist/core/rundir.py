@@ -23,6 +23,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+from vmamba_dist.config.schema import UserError
+
 _log = logging.getLogger(__name__)
 
 LOCK_BYTES = 1024  # `lock` always has this size, so that one write replaces all of it
@@ -41,11 +43,11 @@ def _let_go_in_child() -> None:
 os.register_at_fork(after_in_child=_let_go_in_child)
 
 
-class RunBusy(RuntimeError):
+class RunBusy(UserError, RuntimeError):
     """Another living process owns the run directory."""
 
 
-class Superseded(RuntimeError):
+class Superseded(UserError, RuntimeError):
     """A later attempt has started on the run directory: this one may publish nothing more."""
 
 

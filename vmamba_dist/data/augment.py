@@ -43,9 +43,16 @@ def borrowed_generator() -> Iterator[torch.Generator]:
         torch.default_generator.set_state(state)
 
 
-def sample_seed(seed: int, epoch: int, position: int) -> int:
-    """Give the seed of one sample's host transforms."""
-    return int(np.random.SeedSequence([seed, _AUGMENT, epoch, position]).generate_state(1)[0])
+def sample_seeds(seed: int, epoch: int, positions: Sequence[int]) -> list[int]:
+    """Give the seeds of samples' host transforms: 32 bits each, hashed from (seed, epoch, position).
+
+    SplitMix64 (Steele et al., 2014) at the place `position` of a sequence that (seed, epoch) begins.
+    """
+    begin = np.random.SeedSequence([seed, _AUGMENT, epoch]).generate_state(1, np.uint64)
+    x = begin + np.asarray(positions, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return (x >> np.uint64(32)).tolist()  # type: ignore[no-any-return]
 
 
 class TrainTransform:

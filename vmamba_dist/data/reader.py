@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from vmamba_dist.data.augment import borrowed_generator, sample_seed
+from vmamba_dist.data.augment import borrowed_generator, sample_seeds
 from vmamba_dist.data.batch import BadSample
 from vmamba_dist.data.decode import DecodeError, decode
 from vmamba_dist.data.order import EpochOrder
@@ -85,10 +85,11 @@ class LaneReader:
         """
         order = self._begin(epoch)
         rows = Rows([], [])
+        seeds = sample_seeds(self._seed, epoch, positions)
         with borrowed_generator() as random:
             for i, position in enumerate(positions):
                 good, bad = self._at(order, position)
-                random.manual_seed(sample_seed(self._seed, epoch, position))
+                random.manual_seed(seeds[i])
                 images[i] = self._transform(good.image)
                 rows.labels.append(good.label)
                 rows.keys.append(good.key)

@@ -7,6 +7,7 @@ after the first backward would change it after a resume at three or more ranks (
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
@@ -32,10 +33,12 @@ class DdpEngine:
         self._device = world.device
         self._ddp: DistributedDataParallel | None = None
         if world.size > 1:
+            # Said once a rank, and meant: the price of the fixed order, and of channel-last depthwise weights.
+            warnings.filterwarnings("ignore", "find_unused_parameters=True was specified")
+            warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
             self._ddp = DistributedDataParallel(
                 module,
                 device_ids=[world.device.index] if world.device.type == "cuda" else None,
-                broadcast_buffers=False,
                 find_unused_parameters=True,
             )
         self._names = {p: n for n, p in module.named_parameters() if p.requires_grad}

@@ -9,8 +9,7 @@ from collections.abc import Sequence
 import torch
 
 from vmamba_dist.checkpoint.save import find, load
-from vmamba_dist.checkpoint.store import CheckpointError
-from vmamba_dist.config import ConfigError
+from vmamba_dist.config import ConfigError, UserError
 from vmamba_dist.config import load as load_config
 from vmamba_dist.core.dist import World, end_with_parent, launched_by_torchrun, world
 from vmamba_dist.core.state import TrainState
@@ -63,7 +62,7 @@ def main(args: Sequence[str]) -> int:
             result = evaluate(args, place)
             if place.is_main:
                 print(json.dumps(result))
-    except (ConfigError, CheckpointError) as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

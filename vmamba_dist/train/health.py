@@ -11,6 +11,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from vmamba_dist.config.schema import UserError
 from vmamba_dist.core.state import TrainState
 from vmamba_dist.objectives.base import Inputs, LossTerms
 from vmamba_dist.train.meter import Report
@@ -18,7 +19,7 @@ from vmamba_dist.train.meter import Report
 MAX_NONFINITE = 3
 
 
-class TrainingStoppedError(RuntimeError):
+class TrainingStoppedError(UserError, RuntimeError):
     """Training cannot go on: the message says since when, where it began and with which samples."""
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -20,6 +21,7 @@ log = logging.getLogger(__name__)
 
 # SIGUSR2: Slurm's time limit is near; SIGTERM: pre-emption or a launcher's end; SIGINT: Ctrl-C.
 _SIGNALS = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
+AGAIN_S = 2.0  # a terminal and a launcher both pass on one Ctrl-C
 
 
 class StopRequest:
@@ -27,6 +29,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
+        self._since = 0.0
         self._pid = os.getpid()
 
     @property
@@ -36,9 +39,11 @@ class StopRequest:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._pid:  # a forked reader inherits the handler; it is not the one to stop
             return
-        if self.signal is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt  # the second Ctrl-C: do not wait for the save
-        self.signal = signal.Signals(number)
+        now = time.monotonic()
+        if self.signal is None:
+            self.signal, self._since = signal.Signals(number), now
+        elif number == signal.SIGINT and now - self._since > AGAIN_S:
+            raise KeyboardInterrupt  # a second Ctrl-C: do not wait for the save
 
     @contextmanager
     def listening(self) -> Iterator[StopRequest]:
