@@ -24,7 +24,7 @@ from sklearn.datasets import load_sample_images
 from webdataset.tariterators import group_by_keys, tar_file_iterator
 
 from vmamba_dist.config.schema import AugmentConfig, DataConfig
-from vmamba_dist.data.augment import TrainTransform
+from vmamba_dist.data.augment import TrainTransform, sample_seeds
 from vmamba_dist.data.decode import decode
 from vmamba_dist.data.order import choose_lanes
 from vmamba_dist.data.shards import Index, pack, read_index
@@ -73,14 +73,17 @@ def make_shards(folder: Path, count: int) -> Index:
 
 def bare(index: Index, workers: int, batches: int, seed: int = 0) -> Cost:
     """Decode and transform as many images as `batches` hold, and drop them."""
+    seeds = sample_seeds(seed, 0, range(batches * BATCH))
 
     def read(worker: int, images: int) -> Iterator[None]:
+        own_seeds = iter(seeds[worker::workers])
         transform = TrainTransform(AUGMENT, SIZE)
         while True:
             for shard in index.shards[worker::workers]:
                 with (index.root / shard.filename).open("rb") as file:
                     members = ({**member, "__url__": ""} for member in tar_file_iterator(file))
                     for sample in group_by_keys(members):
+                        torch.default_generator.manual_seed(next(own_seeds))
                         transform(decode(sample["jpg"]))
                         int(sample["cls"])
                         images -= 1
@@ -90,7 +93,6 @@ def bare(index: Index, workers: int, batches: int, seed: int = 0) -> Cost:
 
     def run(worker: int, first: "multiprocessing.synchronize.Semaphore") -> None:
         torch.set_num_threads(1)
-        torch.manual_seed(seed * workers + worker)
         each = batches * BATCH // workers
         made = read(worker, each)
         list(islice(made, BATCH // workers))
@@ -144,12 +146,12 @@ def main() -> None:
     """Measure and write the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--pairs", type=int, default=7, help="interleaved pairs (%(default)s)")
-    parser.add_argument("--batches", type=int, default=16, help=f"of {BATCH} images a run (%(default)s)")
+    parser.add_argument("--batches", type=int, default=24, help=f"of {BATCH} images a run (%(default)s)")
     given = parser.parse_args()
     torch.set_num_threads(1)
     rows, notes = [], []
     with tempfile.TemporaryDirectory() as folder:
-        index = make_shards(Path(folder), 1024)
+        index = make_shards(Path(folder), given.batches * BATCH)
         images = given.batches * BATCH
         for workers in (1, 2):
             bare(index, workers, 1)
@@ -181,8 +183,9 @@ def main() -> None:
             "",
             f"{given.pairs} interleaved pairs a row, {images} images a run, batches of {BATCH}, {SIZE} px JPEGs of "
             f"{index.mean_bytes / 1024:.0f} KiB, the full recipe's host transforms (crop, flip, RandAugment), drawn "
-            "anew in each pair. Overhead is of CPU time over all processes, their start included; the bar is 5 %. "
-            "First batch: from the start of the processes (forked, all imported) until its images are there.",
+            "anew in each pair and alike in its two runs. Overhead is of CPU time over all processes, their start "
+            "included; the bar is 5 %. First batch: from the start of the processes (forked, all imported) until its "
+            "images are there.",
         ]
     columns = ("workers", "overhead, median", "range", "bare, CPU ms/image", "stream, CPU ms/image")
     columns += ("bare, images/s", "stream, images/s", "bare, first batch ms", "stream, first batch ms")
