@@ -145,7 +145,7 @@ def cpu_time() -> float:
 def main() -> None:
     """Measure and write the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--pairs", type=int, default=7, help="interleaved pairs (%(default)s)")
+    parser.add_argument("--pairs", type=int, default=15, help="interleaved pairs (%(default)s)")
     parser.add_argument("--batches", type=int, default=24, help=f"of {BATCH} images a run (%(default)s)")
     given = parser.parse_args()
     torch.set_num_threads(1)
