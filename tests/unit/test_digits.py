@@ -28,19 +28,19 @@ def test_records_are_the_images_of_the_package() -> None:
 def test_split_is_a_hash_of_the_id() -> None:
     assert share_of("digits-00042") == 0.854662444489314
     held = [key for key, _, _ in digits() if share_of(key) < 0.2]
-    assert len(held) == 375
+    assert len(held) == 367
 
 
 def test_packed_digits_are_whole(tmp_path: Path) -> None:
     report = pack("digits", tmp_path / "a", samples_per_shard=500)
-    assert report.samples == {"train": 1422, "test": 375}
+    assert report.samples == {"train": 1430, "test": 367}
     assert report.num_classes == NUM_CLASSES
     found = verify(tmp_path / "a")
     assert found.ok
     assert not found.warnings
     assert found.samples == 1797
     train, test = read_index(tmp_path / "a"), read_index(tmp_path / "a", "auto")
-    assert (train.num_samples, train.num_classes, test.split) == (1422, 10, "test")
+    assert (train.num_samples, train.num_classes, test.split) == (1430, 10, "test")
     again = pack("digits", tmp_path / "b", samples_per_shard=500)
     assert again.samples == report.samples
     assert (tmp_path / "a/_info.json").read_bytes() == (tmp_path / "b/_info.json").read_bytes()
