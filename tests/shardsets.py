@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 import tarfile
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from vmamba_dist.data.shards import pack
+from vmamba_dist.data.shards import pack, read_index
 
 
 def picture(number: int) -> Image.Image:
@@ -46,6 +47,22 @@ def make_set(
         **options,  # type: ignore[arg-type]
     )
     return folder / "set"
+
+
+def make_damaged_set(folder: Path) -> Path:
+    """A set of 97 with a truncated tar, a missing member, an undecodable image and a label out of range."""
+    made = make_set(folder, 97)
+    tar = [made / f"odd-train-{i:06d}.tar" for i in range(5)]
+    os.truncate(tar[1], read_index(made).offsets.bounds(1, 0, 13)[4] + 300)
+    old = members(tar[2])
+    rewrite(tar[2], old[:6] + old[7:])
+    overwrite(tar[3], members(tar[3])[8][0].name, b"garbage")
+    overwrite(tar[4], members(tar[4])[1][0].name, b"9")
+    return made
+
+
+# (shard, index in it) of what make_damaged_set breaks.
+BAD_PLACES = {*((1, i) for i in range(4, 13)), (2, 3), (3, 4), (4, 0)}
 
 
 def members(path: Path) -> list[tuple[tarfile.TarInfo, bytes]]:

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from shardsets import make_set, members, overwrite, picture, rewrite
+from shardsets import BAD_PLACES, make_damaged_set, make_set, members, picture
 from vmamba_dist.config.schema import AugmentConfig, ConfigError, DataConfig, EvalConfig
 from vmamba_dist.data.augment import TrainTransform, borrowed_generator, sample_seeds
 from vmamba_dist.data.batch import BadSample, Batch
@@ -233,23 +233,9 @@ def test_an_offset_between_updates_is_refused(index: Index) -> None:
 
 
 def damaged(tmp_path: Path) -> Index:
-    """A set with a truncated tar, a missing member, an undecodable image and a label out of range."""
-    folder = make_set(tmp_path, 97)
-    bounds = read_index(folder).offsets.bounds(1, 0, 13)
-    os.truncate(folder / "odd-train-000001.tar", bounds[4] + 300)
-    path = folder / "odd-train-000002.tar"
-    old = members(path)
-    rewrite(path, old[:6] + old[7:])
-    overwrite(
-        folder / "odd-train-000003.tar", members(folder / "odd-train-000003.tar")[8][0].name, b"garbage"
-    )
-    overwrite(folder / "odd-train-000004.tar", members(folder / "odd-train-000004.tar")[1][0].name, b"9")
-    index = read_index(folder)
+    index = read_index(make_damaged_set(tmp_path))
     assert "odd-train-000001.tar" in index.warnings[0]
     return index
-
-
-BAD_PLACES = {*((1, i) for i in range(4, 13)), (2, 3), (3, 4), (4, 0)}
 
 
 def replacement(order: EpochOrder, position: int) -> tuple[int, int]:

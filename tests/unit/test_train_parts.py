@@ -3,7 +3,9 @@
 import json
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,9 +20,9 @@ from vmamba_dist.objectives.classify import Classify
 from vmamba_dist.objectives.drop_path import keep_masks
 from vmamba_dist.train import stopping
 from vmamba_dist.train.ema import Ema
-from vmamba_dist.train.health import find_nonfinite, too_many_bad
+from vmamba_dist.train.health import find_nonfinite, note_bad
 from vmamba_dist.train.loop import lookahead
-from vmamba_dist.train.meter import MetricsLog
+from vmamba_dist.train.meter import MetricsLog, Report
 from vmamba_dist.train.stopping import StopRequest, note_evaluation, out_of_patience
 
 
@@ -80,16 +82,58 @@ def test_another_batch_goes_on_at_its_next_whole_step() -> None:
     assert (state.epoch, state.offset) == (2, 0)
 
 
-def test_bad_samples_are_counted_against_the_epoch_or_what_was_seen_of_a_large_one() -> None:
-    state = TrainState(offset=64, bad_in_epoch=3)
-    assert too_many_bad(state, fraction=0.03, epoch_samples=100) is None
-    assert too_many_bad(state, fraction=0.02, epoch_samples=100) == 2
-    assert too_many_bad(TrainState(offset=64, bad_in_epoch=11), fraction=0.001, epoch_samples=10**9) == 10
+def report(step: int, **fields: Any) -> Report:
+    plain = Report(
+        step,
+        epoch=0,
+        seen=64,
+        samples=0,
+        lr=0.0,
+        loss=0.0,
+        grad_norm=1.0,
+        applied=True,
+        stop=False,
+        bad=0,
+        data_wait=0.0,
+        step_time=1.0,
+        samples_per_s=1.0,
+    )
+    return replace(plain, **fields)
+
+
+@pytest.mark.parametrize(
+    ("bad", "seen", "fraction", "epoch_samples", "allowed"),
+    [
+        (3, 64, 0.03, 100, None),
+        (3, 64, 0.02, 100, 2),
+        (29, 64, 0.29, 100, None),
+        (11, 64, 0.001, 10**9, 10),
+        (11, 20_000, 0.001, 10**9, None),
+    ],
+)
+def test_bad_samples_are_counted_against_the_epoch_or_what_was_seen_of_a_large_one(
+    bad: int, seen: int, fraction: float, epoch_samples: int, allowed: int | None
+) -> None:
+    found = note_bad(
+        TrainState(), report(1, bad=bad, seen=seen), fraction=fraction, epoch_samples=epoch_samples
+    )
+    assert found == allowed
+
+
+def test_bad_samples_are_counted_in_their_own_epoch() -> None:
+    """A report comes a step late: the last steps of an epoch used to be counted in the next one."""
+    state = TrainState()
+    for step in range(1, 9):  # two bad samples in each epoch of four steps, at its end
+        state.advance(samples=8, data_step=step - 1, steps_per_epoch=4)
+        if step > 1:
+            before = report(step - 1, epoch=(step - 2) // 4, bad=int((step - 2) % 4 > 1))
+            assert note_bad(state, before, fraction=2 / 32, epoch_samples=32) is None
+    assert (state.bad_epoch, state.bad_in_epoch) == (1, 1)
 
 
 def test_patience_counts_evaluations_since_the_best() -> None:
     state = TrainState()
-    for value in (1.0, 3.0, 2.0, float("nan"), 2.5):
+    for value in (float("nan"), 1.0, 3.0, 2.0, float("nan"), 2.5):
         note_evaluation(state, value, higher_is_better=True)
     assert (state.best, state.evals_since_best) == (3.0, 3)
     assert out_of_patience(state, EvalConfig(patience=3))

@@ -95,7 +95,7 @@ class DataConfig:
     block: int = 16  # samples shuffled together within a lane
     lanes: int | None = None  # null: chosen once a run by the rule of order.choose_lanes, then fixed
     shuffle_gib: float = 4.0  # GiB over the whole job that open shuffle blocks may take; bounds lanes
-    max_bad_fraction: float = 0.001  # of samples seen; beyond it the run stops
+    max_bad_fraction: float = replaceable(0.001)  # of an epoch's samples; beyond it the run stops
 
     def __post_init__(self) -> None:
         _require(
@@ -305,7 +305,9 @@ class EvalConfig:
     crop: float = replaceable(
         0.875
     )  # share of the resized side that the centre crop keeps; 1 is the whole image
-    metric: str = replaceable("top1")  # what "best" means, on the weights named by `weights`
+    metric: Literal["top1", "top5", "loss"] = replaceable(
+        "top1"
+    )  # what "best" means, on the weights named by `weights`
     weights: Literal["ema", "raw"] = replaceable("ema")  # for "best" and `vmamba eval`; raw where EMA is off
     patience: int = 0  # stop when `metric` has not improved for this many evaluations; 0: never
     checkpoint: str = replaceable("")  # `vmamba eval`: a checkpoint or a run directory (its newest whole one)

@@ -22,7 +22,8 @@ class TrainState:
     lanes: int = 0  # of the data order: chosen once a run
     nonfinite: int = 0  # steps whose update was not applied
     nonfinite_in_a_row: int = 0
-    bad_in_epoch: int = 0  # samples replaced since the epoch began
+    bad_in_epoch: int = 0  # samples replaced in the epoch `bad_epoch`
+    bad_epoch: int = 0
     best: float | None = None  # the best evaluation so far
     evals_since_best: int = 0
 
@@ -31,8 +32,6 @@ class TrainState:
         self.step += 1
         self.samples += samples
         epoch, step_in_epoch = divmod(data_step + 1, steps_per_epoch)
-        if epoch != self.epoch:
-            self.bad_in_epoch = 0
         self.epoch, self.offset = epoch, step_in_epoch * samples
 
     def align(self, global_batch: int, steps_per_epoch: int) -> None:

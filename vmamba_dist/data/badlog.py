@@ -45,6 +45,15 @@ class BadLog:
             )
 
 
+def cut_torn_line(path: Path) -> None:
+    """Cut a last line that a kill tore, before anybody appends to it. Rank 0 alone, before the others start."""
+    if not path.exists():
+        return
+    with path.open("r+b") as file:
+        whole = file.read().rfind(b"\n") + 1
+        file.truncate(whole)
+
+
 def _read(path: Path) -> list[BadSample]:
     if not path.exists():
         return []
@@ -53,5 +62,5 @@ def _read(path: Path) -> list[BadSample]:
         try:
             found.append(BadSample(**json.loads(line)))
         except (ValueError, TypeError):
-            log.warning("%s: a line torn by a kill is left out: %.60s", path, line)
+            log.warning("%s: not a line of ours, left out: %.60s", path, line)
     return found

@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from vmamba_dist.config.schema import UserError
 from vmamba_dist.data.augment import borrowed_generator, sample_seeds
 from vmamba_dist.data.batch import BadSample
 from vmamba_dist.data.decode import DecodeError, decode
@@ -36,7 +37,7 @@ class Rows:
     bad: list[BadSample] = field(default_factory=list)
 
 
-class DataError(RuntimeError):
+class DataError(UserError, RuntimeError):
     """The training data cannot be used; the message says where."""
 
 

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vmamba_dist.config.schema import UserError
 from vmamba_dist.core.dist import World, sum_over_ranks
 from vmamba_dist.core.precision import autocast
 from vmamba_dist.core.state import TrainState
@@ -69,7 +70,11 @@ class ClassificationEvaluator:
             raise RuntimeError(
                 f"evaluated {count:.0f} samples and {bad:.0f} unreadable ones of {self._num_samples}"
             )
-        if bad:
+        if count == 0:
+            raise UserError(
+                f"none of the {self._num_samples} samples to evaluate on can be read; vmamba shards verify names why"
+            )
+        if bad and self._world.is_main:
             log.warning(
                 "evaluation at step %d left out %d unreadable samples of %d",
                 state.step,

@@ -23,7 +23,7 @@ from vmamba_dist.core.precision import autocast, be_deterministic, compute_dtype
 from vmamba_dist.core.rundir import RunDir
 from vmamba_dist.core.state import TrainState
 from vmamba_dist.data.augment import DeviceTransform, Normalize
-from vmamba_dist.data.badlog import BadLog
+from vmamba_dist.data.badlog import BadLog, cut_torn_line
 from vmamba_dist.data.batch import Batch
 from vmamba_dist.data.order import choose_lanes
 from vmamba_dist.data.shards import Index
@@ -72,6 +72,7 @@ def assembled(cfg: Config, sources: Sources, world: World, stop: StopRequest) ->
         }
         tensors = engine.state() | (ema.state() if ema is not None else {})
         found = _resume(cfg, checkpoints, identity)
+        _describe(cfg, run_dir, world)
         if found is not None:
             checkpoints.load(found, tensors)
             state.load_dict(found.meta.state)
@@ -156,7 +157,7 @@ def assembled(cfg: Config, sources: Sources, world: World, stop: StopRequest) ->
             steps_per_epoch=steps_per_epoch,
             clip=cfg.optim.clip,
             max_steps=cfg.run.max_steps,
-            eval_every=Every(round(cfg.eval.every_epochs * steps_per_epoch)),
+            eval_every=Every(_steps_between(cfg.eval.every_epochs, steps_per_epoch)),
             save_every=Every(cfg.checkpoint.every_steps),
         )
 
@@ -202,23 +203,28 @@ def build_evaluator(cfg: Config, index: Index, num_classes: int, world: World) -
 
 
 def _own(cfg: Config, world: World, closing: ExitStack) -> RunDir:
-    """Take the run directory's lock on rank 0, and begin this attempt's log and records."""
+    """Take the run directory's lock on rank 0, and begin this attempt's log."""
     owned: list[RunDir] = []
 
     def acquire() -> int:
         owned.append(RunDir.acquire(cfg.run.dir))
+        cut_torn_line(owned[0].bad)
         return owned[0].attempt
 
     attempt = on_main(acquire)
     run_dir = owned[0] if owned else RunDir.attach(cfg.run.dir, attempt)
     closing.callback(run_dir.release)
     closing.enter_context(logging_to(run_dir.log, world.rank))
+    return run_dir
+
+
+def _describe(cfg: Config, run_dir: RunDir, world: World) -> None:
+    """Write config.yaml and environment.json; not before the config is known to fit the run's checkpoints."""
     if world.is_main:
         beside = run_dir.config.with_suffix(".tmp")
         beside.write_text(to_yaml(cfg), encoding="utf-8")
         beside.replace(run_dir.config)
         record_environment(run_dir.environment, describe_environment(cfg, world))
-    return run_dir
 
 
 def _resume(cfg: Config, checkpoints: Checkpoints, identity: dict[str, Any]) -> Found | None:
@@ -253,6 +259,11 @@ def _check_identity(found: Found, identity: dict[str, Any], *, allowed: bool) ->
         )
     for change in changed:
         log.warning("run.allow_changes: %s", change)
+
+
+def _steps_between(epochs: float, steps_per_epoch: int) -> int:
+    """The nearest whole number of steps, and at least one; 0 for 0."""
+    return max(1, round(epochs * steps_per_epoch)) if epochs else 0
 
 
 def _writers(

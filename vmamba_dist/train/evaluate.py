@@ -12,6 +12,7 @@ from vmamba_dist.checkpoint.save import find, load
 from vmamba_dist.config import ConfigError, UserError
 from vmamba_dist.config import load as load_config
 from vmamba_dist.core.dist import World, end_with_parent, launched_by_torchrun, world
+from vmamba_dist.core.precision import be_deterministic
 from vmamba_dist.core.state import TrainState
 from vmamba_dist.train.assemble import build_evaluator, build_objective
 from vmamba_dist.train.sources import open_evaluation
@@ -30,12 +31,13 @@ def evaluate(args: Sequence[str], place: World) -> dict[str, float | str]:
         )
     found = find(named, place)
     cfg = load_config(args, base=found.meta.extra["config"])
-    index = open_evaluation(cfg.eval, default=cfg.data.train)
+    num_classes = int(found.meta.trajectory["num_classes (resolved)"])
+    index = open_evaluation(cfg.eval, default=cfg.data.train, num_classes=num_classes)
     if cfg.precision.threads:
         torch.set_num_threads(cfg.precision.threads)
+    be_deterministic()  # as in training, so that the figures are the same
     weights = cfg.eval.weights if cfg.ema.enabled else "raw"
     prefix = "ema." if weights == "ema" else "model."
-    num_classes = int(found.meta.trajectory["num_classes (resolved)"])
     objective = build_objective(cfg, num_classes, place, initialise=False)
     tensors = {prefix + name: tensor for name, tensor in objective.state_dict().items()}
     unused = tuple({"ema.", "model.", "optim."} - {prefix})

@@ -33,13 +33,17 @@ def note_step(state: TrainState, report: Report) -> bool:
     return state.nonfinite_in_a_row >= MAX_NONFINITE
 
 
-def too_many_bad(state: TrainState, *, fraction: float, epoch_samples: int) -> int | None:
-    """The number of replaced samples that was allowed by now, where there were more; else None.
+def note_bad(state: TrainState, report: Report, *, fraction: float, epoch_samples: int) -> int | None:
+    """Count the report's replaced samples; return how many were allowed by now where there were more, else None.
 
-    The share is of the epoch, and of at most 10,000 samples ahead of what was seen, so that a wholly broken
-    large set stops early.
+    The share is of the epoch; in a large one, of its first 10,000 samples or of what was seen, so that a
+    wholly broken set stops early.
     """
-    allowed = int(fraction * min(epoch_samples, max(state.offset, 10_000)))
+    if report.epoch != state.bad_epoch:
+        state.bad_epoch, state.bad_in_epoch = report.epoch, 0
+    state.bad_in_epoch += report.bad
+    # The sliver is for shares like 29 of 100, whose product is a little below the whole number.
+    allowed = int(fraction * min(epoch_samples, max(report.seen, 10_000)) + 1e-9)
     return allowed if state.bad_in_epoch > allowed else None
 
 

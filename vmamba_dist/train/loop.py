@@ -50,10 +50,12 @@ def train(run: Run) -> Outcome:
         if run.ema is not None:
             run.ema.update(state.step)
 
+        epoch, step_in_epoch = divmod(data_step, run.steps_per_epoch)
         waited, bad = run.feed.tally()
         before = run.meter.record(
             step=state.step,
-            epoch=data_step // run.steps_per_epoch,
+            epoch=epoch,
+            seen=(step_in_epoch + 1) * run.batch_size,
             samples=state.samples,
             batch=run.batch_size,
             lr=lr,

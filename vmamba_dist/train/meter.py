@@ -31,6 +31,7 @@ class Report:
 
     step: int
     epoch: int
+    seen: int  # samples of the epoch, this step's included
     samples: int
     lr: float
     loss: float
@@ -47,6 +48,7 @@ class Report:
 class _Pending:
     step: int
     epoch: int
+    seen: int
     samples: int
     batch: int
     lr: float
@@ -73,6 +75,7 @@ class Meter:
         *,
         step: int,
         epoch: int,
+        seen: int,
         samples: int,
         batch: int,
         lr: float,
@@ -91,7 +94,7 @@ class Meter:
         host = torch.tensor([waited / step_time, float(bad), float(stop)], dtype=torch.float64)
         sums = torch.cat([loss.reshape(1), host.to(device, non_blocking=True)])
         work = dist.all_reduce(sums, async_op=True) if dist.is_initialized() else None
-        self._pending = _Pending(step, epoch, samples, batch, lr, update, sums, work, step_time)
+        self._pending = _Pending(step, epoch, seen, samples, batch, lr, update, sums, work, step_time)
         return before
 
     def drain(self) -> Report | None:
@@ -106,6 +109,7 @@ class Meter:
         return Report(
             step=p.step,
             epoch=p.epoch,
+            seen=p.seen,
             samples=p.samples,
             lr=p.lr,
             loss=loss / size,

@@ -15,7 +15,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from vmamba_dist.core.log import Bar
 from vmamba_dist.core.state import TrainState
-from vmamba_dist.train.health import TrainingStoppedError, note_step, too_many_bad
+from vmamba_dist.train.health import TrainingStoppedError, note_bad, note_step
 from vmamba_dist.train.meter import MetricsLog, Report
 
 log = logging.getLogger(__name__)
@@ -67,23 +67,19 @@ class Record:
         evaluation = evaluation or {}
         if self._writers is not None:
             self._write(self._writers, report, evaluation)
-        if not report.applied:
-            log.warning(
-                "step %d: gradient norm is %s; the update was not applied", report.step, report.grad_norm
-            )
         if note_step(self._state, report):
-            raise TrainingStoppedError(
+            raise self._stopped(
                 f"steps up to {report.step} gave {self._state.nonfinite_in_a_row} non-finite gradients in a row: "
                 f"{self._autopsy()}"
             )
-        self._state.bad_in_epoch += report.bad
-        allowed = too_many_bad(
-            self._state, fraction=self._max_bad_fraction, epoch_samples=self._epoch_samples
+        allowed = note_bad(
+            self._state, report, fraction=self._max_bad_fraction, epoch_samples=self._epoch_samples
         )
         if allowed is not None:
-            raise TrainingStoppedError(
+            raise self._stopped(
                 f"step {report.step}: {self._state.bad_in_epoch} unreadable samples in epoch {report.epoch}, and "
-                f"data.max_bad_fraction={self._max_bad_fraction} allows {allowed} by now; bad.jsonl names them"
+                f"data.max_bad_fraction={self._max_bad_fraction} allows {allowed} by now; bad.jsonl names them: "
+                "mend the set, or raise data.max_bad_fraction and start again"
             )
         return report.stop
 
@@ -93,6 +89,11 @@ class Record:
             self._writers.metrics.sync()
             if self._writers.tensorboard is not None:
                 self._writers.tensorboard.flush()
+
+    def _stopped(self, why: str) -> TrainingStoppedError:
+        if self._writers is not None:
+            log.error("%s", why)
+        return TrainingStoppedError(why)
 
     def _write(self, to: Writers, report: Report, evaluation: dict[str, float]) -> None:
         mfu = self._flops_per_sample * report.samples_per_s / self._peak_flops if self._peak_flops else None
@@ -121,6 +122,10 @@ class Record:
                     name = key if "/" in key else f"train/{key}"
                     to.tensorboard.add_scalar(name, float(value), report.step)
         to.bar.show(report.step, f"loss {report.loss:.4f}  {report.samples_per_s:.0f} samples/s")
+        if not report.applied:
+            log.warning(
+                "step %d: gradient norm is %s; the update was not applied", report.step, report.grad_norm
+            )
         if report.step % to.log_every == 0 or report.step == to.total_steps:
             log.info(
                 "step %d/%d  epoch %d  loss %.4f  lr %.3g  norm %.3g  %.0f samples/s  wait %.0f%%%s",

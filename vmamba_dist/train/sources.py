@@ -29,14 +29,23 @@ def open_sources(cfg: Config, world_size: int) -> Sources:
     train = read_index(cfg.data.train, cfg.data.split)
     accumulate = choose_accumulate(cfg.data.global_batch, world_size, cfg.parallel.micro_batch)
     check_batch(train.num_samples, cfg.data.global_batch, world_size, accumulate)
-    evaluation = open_evaluation(cfg.eval, default=cfg.data.train)
     num_classes = count_classes(cfg, train)
+    evaluation = open_evaluation(cfg.eval, default=cfg.data.train, num_classes=num_classes)
     return Sources(train, evaluation, num_classes, accumulate)
 
 
-def open_evaluation(cfg: EvalConfig, *, default: str) -> Index:
-    """Read and check the index of the evaluation split."""
-    return read_index(cfg.data or default, cfg.split, key="eval.data" if cfg.data else "data.train")
+def open_evaluation(cfg: EvalConfig, *, default: str, num_classes: int) -> Index:
+    """Read and check the index of the evaluation split, for a model of `num_classes`."""
+    key = "eval.data" if cfg.data else "data.train"
+    index = read_index(cfg.data or default, cfg.split, key=key)
+    if index.num_samples == 0:
+        raise ConfigError(f"{key}={str(index.root)!r}: split {index.split!r} has no samples to evaluate on")
+    if index.num_classes > num_classes:
+        raise ConfigError(
+            f"{key}={str(index.root)!r} has {index.num_classes} classes, the model {num_classes}; "
+            "evaluate on shards of the classes that it learns"
+        )
+    return index
 
 
 def count_classes(cfg: Config, train: Index) -> int:

@@ -7,6 +7,7 @@ at the same step.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import signal
 import time
@@ -58,7 +59,8 @@ class StopRequest:
 
 def note_evaluation(state: TrainState, value: float, *, higher_is_better: bool) -> None:
     """Record one evaluation: it is the best so far, or one more since the best. A NaN is never the best."""
-    if state.best is None or (value > state.best if higher_is_better else value < state.best):
+    better = state.best is None or (value > state.best if higher_is_better else value < state.best)
+    if better and not math.isnan(value):
         state.best, state.evals_since_best = value, 0
     else:
         state.evals_since_best += 1
