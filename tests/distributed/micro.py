@@ -26,7 +26,7 @@ def words(digits: Path, run_dir: Path, *more: str) -> list[str]:
         "augment.mixup=0.2",
         "augment.cutmix=0.2",
         "augment.interpolation=bilinear",
-        "optim.lr=4e-3",
+        "optim.lr=2e-3",
         "optim.lr_batch=0",
         "optim.clip=3",
         "schedule.epochs=1",

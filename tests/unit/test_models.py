@@ -398,6 +398,21 @@ def test_timm_can_decay_rates_by_depth() -> None:
     assert len(by_stage) == 6  # stem, four stages, classifier
 
 
+def test_a_single_token_is_halved_with_right_gradients_in_bfloat16() -> None:
+    """A convolution of stride 2 gave its weights, in bfloat16, what lay in memory: here 1e30."""
+    halve, x = _atto().layers[2].downsample, uniform("token", (12, 1, 1, 64)).float()
+    found = {}
+    for enabled in (False, True, True, True):
+        halve.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            y = halve(x)
+        dirt = [torch.full((size,), 1e30) for size in (1000, 10_000, 100_000) for _ in range(20)]
+        del dirt
+        (y * uniform("gradient", tuple(y.shape)).float()).sum().backward()
+        found[enabled] = halve.get_parameter("1.weight").grad.clone()
+        assert error(found[enabled], found[False]) < 0.05
+
+
 def test_a_copy_is_a_model_of_its_own() -> None:
     model, x = _atto().eval(), _images(1, 32, 32)
     twin = copy.deepcopy(model)

@@ -62,11 +62,27 @@ def _patch_embed(kind: Literal["v1", "v2"], dim: int) -> nn.Sequential:
     )
 
 
+class _HalvingConv(nn.Conv2d):
+    """A 3x3 convolution of stride 2, (B, dim, H, W) → (B, out_dim, ⌈H/2⌉, ⌈W/2⌉).
+
+    Of a single token the stride is of no consequence, and 1 is taken: with 2, oneDNN leaves the bfloat16 gradient
+    of the eight weights that see padding unwritten (torch 2.14 on a CPU).
+    """
+
+    def __init__(self, dim: int, out_dim: int) -> None:
+        super().__init__(dim, out_dim, kernel_size=3, stride=2, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[2] * x.shape[3] == 1:
+            return F.conv2d(x, self.weight, self.bias, padding=1)
+        return super().forward(x)
+
+
 def _downsample(kind: Literal["v1", "v3"], dim: int, out_dim: int) -> nn.Module:
     """(B, H, W, dim) → (B, ⌈H/2⌉, ⌈W/2⌉, out_dim). The indices of the parts are official names."""
     if kind == "v1":
         return PatchMerging(dim, out_dim)
-    conv = nn.Conv2d(dim, out_dim, kernel_size=3, stride=2, padding=1)
+    conv = _HalvingConv(dim, out_dim)
     return nn.Sequential(to_channels_first(), conv, to_channels_last(), LayerNorm(out_dim))
 
 
