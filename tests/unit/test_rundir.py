@@ -106,7 +106,7 @@ def test_a_forked_child_that_outlives_its_parent_holds_nothing(tmp_path: Path) -
             process.kill()
             process.wait()
             os.kill(child, 0)
-            run = RunDir.acquire(tmp_path, wait_s=0)
+            run = RunDir.acquire(tmp_path, wait_s=5)  # the child may just now be closing its copy
             run.release()
             os.kill(child, 0)
             assert run.attempt == 2

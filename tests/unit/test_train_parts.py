@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from vmamba_dist.config import ConfigError, load
 from vmamba_dist.config.schema import EmaConfig, EvalConfig
 from vmamba_dist.core.rng import counter_uniform
 from vmamba_dist.core.state import TrainState
@@ -23,6 +24,7 @@ from vmamba_dist.train.ema import Ema
 from vmamba_dist.train.health import find_nonfinite, note_bad
 from vmamba_dist.train.loop import lookahead
 from vmamba_dist.train.meter import MetricsLog, Report
+from vmamba_dist.train.sources import open_sources
 from vmamba_dist.train.stopping import StopRequest, note_evaluation, out_of_patience
 
 
@@ -229,3 +231,18 @@ def test_an_autopsy_names_the_first_non_finite_thing_and_its_samples(where: str,
         assert found is not None
         assert found.startswith(says)
     assert all(p.grad is None for p in objective.parameters())
+
+
+@pytest.mark.parametrize(
+    ("word", "says"),
+    [
+        ("model.name=vmamba_tny", "model.name=vmamba_tny: model 'vmamba_tny' is unknown; did you mean"),
+        ("model.scan_backend=triton", "model.scan_backend=triton: backend='triton' cannot run on"),
+        ("data.train=nowhere", "data.train='nowhere' has no _info.json"),
+        ("run.seed=1", "data.train is not set"),
+    ],
+)
+def test_what_cannot_run_here_is_said_before_anything_starts(word: str, says: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        open_sources(load(["precision.device=cpu", word]), world_size=1)
+    assert says in str(caught.value)

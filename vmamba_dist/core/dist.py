@@ -18,6 +18,8 @@ from typing import TypeVar, cast
 import torch
 import torch.distributed as dist
 
+from vmamba_dist.config.schema import ConfigError
+
 T = TypeVar("T")
 
 
@@ -61,14 +63,14 @@ def end_with_parent() -> None:
 def pick_device(choice: str, local_rank: int) -> torch.device:
     """The device for `precision.device` = auto | cpu | cuda."""
     if choice == "cuda" and not torch.cuda.is_available():
-        raise RuntimeError(
+        raise ConfigError(
             "precision.device=cuda, but torch sees no CUDA device; use precision.device=cpu or auto"
         )
     if choice == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     count = torch.cuda.device_count()
     if local_rank >= count:
-        raise RuntimeError(
+        raise ConfigError(
             f"local rank {local_rank} has no GPU of its own: torch sees {count}; start at most {count} processes here"
         )
     return torch.device("cuda", local_rank)

@@ -14,7 +14,7 @@ def main(args: Sequence[str]) -> int:
     try:
         return run(load(args)).exit_code
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"vmamba: {error}", file=sys.stderr)
         return 2
 
 

@@ -65,6 +65,6 @@ def main(args: Sequence[str]) -> int:
             if place.is_main:
                 print(json.dumps(result))
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"vmamba: {error}", file=sys.stderr)
         return 2
     return 0

@@ -1,4 +1,4 @@
-"""What a run reads, checked before the first collective: too few samples, an indivisible batch, a wrong index.
+"""What a run needs, checked before the first collective: enough samples, a batch that divides, a model.
 
 Law: everything here is a function of the config, the shards and the world size, so all ranks find the same.
 """
@@ -8,8 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from vmamba_dist.config.schema import Config, ConfigError, EvalConfig
+from vmamba_dist.core.dist import pick_device
 from vmamba_dist.data.order import check_batch, choose_accumulate
 from vmamba_dist.data.shards import Index, read_index
+from vmamba_dist.models.variants import get_variant
+from vmamba_kernels.backend import BackendError, resolve_backend
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,7 @@ class Sources:
 
 def open_sources(cfg: Config, world_size: int) -> Sources:
     """Read and check the indices. Raises ConfigError naming the key, the numbers and the fix."""
+    check_model(cfg)
     if not cfg.data.train:
         raise ConfigError("data.train is not set: give a folder of shards, as `vmamba shards pack` makes it")
     train = read_index(cfg.data.train, cfg.data.split)
@@ -32,6 +36,18 @@ def open_sources(cfg: Config, world_size: int) -> Sources:
     num_classes = count_classes(cfg, train)
     evaluation = open_evaluation(cfg.eval, default=cfg.data.train, num_classes=num_classes)
     return Sources(train, evaluation, num_classes, accumulate)
+
+
+def check_model(cfg: Config) -> None:
+    """Refuse a model that cannot be made here."""
+    try:
+        get_variant(cfg.model.name)
+    except ValueError as error:
+        raise ConfigError(f"model.name={cfg.model.name}: {error}") from error
+    try:
+        resolve_backend(cfg.model.scan_backend, pick_device(cfg.precision.device, local_rank=0))
+    except BackendError as error:
+        raise ConfigError(f"model.scan_backend={cfg.model.scan_backend}: {error}") from error
 
 
 def open_evaluation(cfg: EvalConfig, *, default: str, num_classes: int) -> Index:
