@@ -37,7 +37,7 @@ VERBS = {
     "train": Verb(
         "vmamba_dist.cluster.local:main",
         "config=FILE [key=value …]",
-        "train on this machine, with launch.tasks processes",
+        "train on this machine, with launch.tasks_per_node processes",
     ),
     "submit": Verb(
         "vmamba_dist.cluster.submit:main",

@@ -23,10 +23,10 @@ def test_a_job_survives_its_pickle() -> None:
 
 
 def test_a_plan_lists_what_is_not_a_default_and_the_command() -> None:
-    text = plan("submit", ["optim.lr=0.25", "launch.tasks=3", "run.dir=my runs/a"]).text()
+    text = plan("submit", ["optim.lr=0.25", "launch.tasks_per_node=3", "run.dir=my runs/a"]).text()
     assert "  optim.lr=0.25" in text
     assert "3 processes" in text
-    assert "vmamba submit optim.lr=0.25 launch.tasks=3 'run.dir=my runs/a'" in text
+    assert "vmamba submit optim.lr=0.25 launch.tasks_per_node=3 'run.dir=my runs/a'" in text
     assert "weight_decay" not in text
 
 
@@ -107,3 +107,26 @@ def test_what_starts_apart_from_the_terminal_writes_to_its_log(
     assert log.read_text() == "hidden\n"
     assert capfd.readouterr().out == "shown\n"
     assert signal.getsignal(signal.SIGINT) == before
+
+
+def test_a_gpu_has_one_process_and_asking_for_gpus_asks_for_cuda() -> None:
+    asked = plan("submit", ["launch.gpus_per_node=2"]).config
+    assert (asked.launch.tasks, asked.precision.device) == (2, "cuda")
+    assert plan("submit", []).config.launch.tasks == 1
+    for words, says in (
+        (["launch.gpus_per_node=2", "precision.device=cpu"], "precision.device=cpu beside"),
+        (
+            ["launch.gpus_per_node=2", "launch.tasks_per_node=4"],
+            "launch.tasks_per_node=4: a GPU has one process",
+        ),
+        (["launch.nodes=2"], "launch.nodes=2: this version starts jobs on one machine"),
+    ):
+        with pytest.raises(ConfigError, match=says):
+            plan("submit", words)
+
+
+def test_a_plan_names_the_size_of_the_model() -> None:
+    text = plan("submit", ["model.name=vmamba_tiny_s1l8"]).text()
+    assert "30.25 M parameters, 4.906 GMACs at 224 px" in text
+    with pytest.raises(ConfigError, match=r"model.name=vmamba_tny: .*did you mean"):
+        plan("submit", ["model.name=vmamba_tny"]).text()

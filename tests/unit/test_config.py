@@ -63,7 +63,7 @@ def test_only_what_changes_the_trajectory_is_in_the_digest() -> None:
         return {k for k in before if before[k] != after[k]}
 
     assert keys("optim.lr=1") == {"optim.lr"}
-    for word in ("run.dir=x", "run.max_steps=3", "data.workers=0", "parallel.recompute=block", "launch.tasks=4",
+    for word in ("run.dir=x", "run.max_steps=3", "data.workers=0", "parallel.recompute=block", "launch.nodes=1",
                  "telemetry.images=0", "checkpoint.keep=9", "eval.every_epochs=2", "data.train=elsewhere"):  # fmt: skip
         assert keys(word) == set(), word
 

@@ -13,11 +13,12 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from golden_rule import error, parameter, uniform
+from golden_rule import parameter
 from vmamba_dist.models import create_model, get_variant, load_official
 from vmamba_dist.models.official import export_official
 from vmamba_dist.models.ss2d import SS2D
 from vmamba_dist.models.vmamba import Block, VMamba, _downsample, _patch_embed
+from vmamba_kernels.testing import golden_tensor, relative_max
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 MODULES = load_file(GOLDEN / "modules.safetensors")
@@ -65,16 +66,16 @@ def test_a_module_and_all_its_gradients_equal_the_official_ones(case: str, dtype
         for name, p in parameters.items():
             p.copy_(parameter(f"{case}.{name}", tuple(grads[name].shape)).view(p.shape))
 
-    x = uniform(f"{case}.x", shape).to(dtype).requires_grad_(True)
+    x = golden_tensor(f"{case}.x", shape).to(dtype).requires_grad_(True)
     y = module(x.permute(0, 2, 3, 1) if layout == "NCHW" else x)
     y = y if layout == "NHWC" else y.permute(0, 3, 1, 2)
-    y.backward(uniform(f"{case}.dy", tuple(y.shape)).to(dtype))
+    y.backward(golden_tensor(f"{case}.dy", tuple(y.shape)).to(dtype))
 
     assert x.grad is not None
-    errors = {"y": error(y, MODULES[f"{case}.y"]), "x": error(x.grad, dx)}
+    errors = {"y": relative_max(y, MODULES[f"{case}.y"]), "x": relative_max(x.grad, dx)}
     for name, p in parameters.items():
         assert p.grad is not None, name
-        errors[name] = error(p.grad.view(grads[name].shape), grads[name])
+        errors[name] = relative_max(p.grad.view(grads[name].shape), grads[name])
     assert {k: v for k, v in errors.items() if v > TOLERANCE[dtype]} == {}
 
 
@@ -128,12 +129,12 @@ def test_logits_and_stages_equal_the_official_ones(name: str, dtype: torch.dtype
     else:
         assert exported == info["state_dict"]
 
-    x = 1.7 * uniform("input", tuple(info["input"])).to(dtype)
+    x = 1.7 * golden_tensor("input", tuple(info["input"])).to(dtype)
     with torch.no_grad():
         logits, samples = _stage_samples(model, x, info["layout"])
     wanted = {k.removeprefix(f"{name}."): v for k, v in VECTORS.items() if k.startswith(f"{name}.")}
-    errors = {"logits": error(logits, wanted.pop("logits"))}
-    errors |= {k: error(samples[k], v) for k, v in wanted.items() if not k.startswith("gradnorm.")}
+    errors = {"logits": relative_max(logits, wanted.pop("logits"))}
+    errors |= {k: relative_max(samples[k], v) for k, v in wanted.items() if not k.startswith("gradnorm.")}
     assert len(errors) == 10
     assert {k: v for k, v in errors.items() if v > TOLERANCE[dtype]} == {}
 
@@ -142,11 +143,11 @@ def test_logits_and_stages_equal_the_official_ones(name: str, dtype: torch.dtype
 @pytest.mark.parametrize("name", [n for n in MODELS if n.startswith("nano")])
 def test_gradient_norms_equal_the_official_ones(name: str, dtype: torch.dtype) -> None:
     model = _golden_model(name, dtype)
-    x = 1.7 * uniform("input", tuple(MODELS[name]["input"])).to(dtype)
+    x = 1.7 * golden_tensor("input", tuple(MODELS[name]["input"])).to(dtype)
     F.cross_entropy(model(x), torch.arange(x.shape[0]) % 10).backward()
     errors = {}
     for key, p in model.named_parameters():
         assert p.grad is not None, key
-        errors[key] = error(p.grad.norm().view(1), VECTORS[f"{name}.gradnorm.{key}"])
+        errors[key] = relative_max(p.grad.norm().view(1), VECTORS[f"{name}.gradnorm.{key}"])
     assert len(errors) == sum(k.startswith(f"{name}.gradnorm.") for k in VECTORS)
     assert {k: v for k, v in errors.items() if v > TOLERANCE[dtype]} == {}

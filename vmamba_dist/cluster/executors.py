@@ -16,15 +16,17 @@ import submitit
 
 from vmamba_dist.config.schema import LaunchConfig
 
+_NO_LIMIT_MIN = 10 * 365 * 24 * 60  # submitit wants a number
+
 
 def local_executor(folder: Path, launch: LaunchConfig) -> submitit.LocalExecutor:
-    """An executor that starts `launch.tasks` processes here and logs into `folder`."""
+    """An executor that starts `launch.tasks_per_node` processes here and logs into `folder`."""
     executor = submitit.LocalExecutor(folder=folder)
-    limit_s = 60 * launch.time_limit_min
+    limit_min = launch.time_limit_min or _NO_LIMIT_MIN
     executor.update_parameters(
         tasks_per_node=launch.tasks,
-        timeout_min=launch.time_limit_min,
-        signal_delay_s=min(120, limit_s // 5),  # the warning before the end: two steps and a save
+        timeout_min=limit_min,
+        signal_delay_s=min(120, 60 * limit_min // 5),  # the warning before the end: two steps and a save
     )
     return executor
 

@@ -13,8 +13,9 @@ from vmamba_dist.cluster import env, submit
 
 
 def main(words: Sequence[str]) -> int:
-    """Train here with `launch.tasks` processes; return 0, 75 (stopped and saved), 2 (misused) or 1."""
+    """Train here with `launch.tasks_per_node` processes; return 0, 75 (stopped and saved), 2 (misused) or 1."""
     intent = submit.plan("train", words)
     if intent.config.launch.tasks == 1 or env.under_launcher():
-        os.execv(sys.executable, [sys.executable, "-m", "vmamba_dist.train", *words])
+        device = f"precision.device={intent.config.precision.device}"  # launch.gpus_per_node asks for cuda
+        os.execv(sys.executable, [sys.executable, "-m", "vmamba_dist.train", *words, device])
     return submit.run_as_job(intent, follow=True)

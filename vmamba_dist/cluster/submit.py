@@ -11,7 +11,7 @@ import shlex
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 
@@ -19,7 +19,8 @@ from vmamba_dist.cluster import env
 from vmamba_dist.cluster.executors import apart_from_terminal, local_executor
 from vmamba_dist.cluster.follow import REQUEUE, stay_with
 from vmamba_dist.cluster.job import TrainJob
-from vmamba_dist.config import Config, load, to_dict
+from vmamba_dist.config import Config, ConfigError, load, to_dict
+from vmamba_dist.models import flops
 
 LOG = "train.log"
 
@@ -46,6 +47,8 @@ class Plan:
         head = {
             "run": str(self.run_dir),
             "where": kind,
+            "model": _model(self.config),
+            "steps": f"{self.config.schedule.epochs} epochs in steps of {self.config.data.global_batch} samples",
             "logs": f"{self.job_folder}/START/",
             "command": self.command,
         }
@@ -54,8 +57,13 @@ class Plan:
 
 
 def plan(verb: str, words: Sequence[str]) -> Plan:
-    """Resolve the words of a command line. Raises ConfigError."""
-    return Plan(load(words), shlex.join(["vmamba", verb, *words]))
+    """Resolve the words of a command line; asking for GPUs asks for CUDA. Raises ConfigError."""
+    config = load(words)
+    if config.launch.gpus_per_node:
+        if config.precision.device == "cpu":
+            raise ConfigError("precision.device=cpu beside launch.gpus_per_node: take one of them away")
+        config = replace(config, precision=replace(config.precision, device="cuda"))
+    return Plan(config, shlex.join(["vmamba", verb, *words]))
 
 
 def main(words: Sequence[str]) -> int:
@@ -74,6 +82,17 @@ def _processes(count: int) -> str:
     return "1 process" if count == 1 else f"{count} processes"
 
 
+def _model(config: Config) -> str:
+    name, side = config.model.name, config.data.image_size
+    classes = config.model.num_classes or 1000
+    try:
+        millions = flops.params(name, classes) / 1e6
+        giga = flops.macs(name, side, side, classes) / 1e9
+    except ValueError as error:
+        raise ConfigError(f"model.name={name}: {error}") from error
+    return f"{name}, {millions:.2f} M parameters, {giga:.3f} GMACs at {side} px with {classes} classes"
+
+
 def _changes(config: Config) -> list[tuple[str, object]]:
     ours, defaults = to_dict(config), to_dict(Config())
     return [
@@ -86,7 +105,7 @@ def _changes(config: Config) -> list[tuple[str, object]]:
 
 def _run_here(intent: Plan) -> int:
     if intent.config.launch.tasks > 1:
-        print(f"launch.cluster=debug: one process, not launch.tasks={intent.config.launch.tasks}")
+        print(f"launch.cluster=debug: one process, not {intent.config.launch.tasks}")
     from vmamba_dist.train import run  # not above: submitting needs no torch
 
     return run(intent.config).exit_code

@@ -341,17 +341,42 @@ class LaunchConfig:
     """Where `launch/submit.py` runs the job."""
 
     cluster: Literal["auto", "local", "debug"] = replaceable("auto")  # debug: in this process
-    tasks: int = replaceable(1)  # processes on this machine
+    nodes: int = replaceable(1)  # machines; more than one needs a cluster
+    gpus_per_node: int = replaceable(0)  # one process each, on CUDA; 0: as precision.device finds it
+    tasks_per_node: int | None = replaceable(None)  # processes a machine; null: gpus_per_node, or one
     name: str = replaceable("vmamba")
     follow: bool = replaceable(True)  # stay and show progress; false returns once the job runs
-    time_limit_min: int = replaceable(1440)
+    time_limit_min: int | None = replaceable(None)  # then the run saves and ends; null: no limit
 
     def __post_init__(self) -> None:
-        _require(1 <= self.tasks <= 1024, "launch.tasks", self.tasks, "use 1 … 1024")
         _require(
-            self.time_limit_min >= 1, "launch.time_limit_min", self.time_limit_min, "use 1 or more minutes"
+            self.nodes == 1, "launch.nodes", self.nodes, "this version starts jobs on one machine; use 1"
+        )
+        _require(0 <= self.gpus_per_node <= 64, "launch.gpus_per_node", self.gpus_per_node, "use 0 … 64")
+        _require(
+            self.tasks_per_node is None or 1 <= self.tasks_per_node <= 1024,
+            "launch.tasks_per_node",
+            self.tasks_per_node,
+            "use 1 … 1024, or null",
+        )
+        _require(
+            not self.gpus_per_node or self.tasks_per_node in (None, self.gpus_per_node),
+            "launch.tasks_per_node",
+            self.tasks_per_node,
+            f"a GPU has one process: leave it null beside launch.gpus_per_node={self.gpus_per_node}",
+        )
+        _require(
+            self.time_limit_min is None or self.time_limit_min >= 1,
+            "launch.time_limit_min",
+            self.time_limit_min,
+            "use 1 or more minutes, or null",
         )
         _require(self.name != "" and "/" not in self.name, "launch.name", self.name, "use a plain name")
+
+    @property
+    def tasks(self) -> int:
+        """Processes a machine."""
+        return self.tasks_per_node or self.gpus_per_node or 1
 
 
 @dataclass(frozen=True)
