@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 import signal
 import sys
 import time
@@ -16,15 +17,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import TextIO
 
 import submitit
 
 from vmamba_dist.cluster.job import FAILED, Report, pid_file
+from vmamba_dist.core.log import Bar, progress_bar
 
 REQUEUE = 75  # EX_TEMPFAIL: stopped and saved, start it again
 GRACE_S = 15.0  # for the other ranks, once one has failed, or to begin, once asked to stop
 _POLL_S = 0.2
+STEP = re.compile(r" step (\d+)/(\d+)  ")  # as train/record.py logs it
 
 
 @dataclass
@@ -112,27 +114,25 @@ class Task:
         return kind != "success" or (isinstance(value, Report) and value.exit_code not in (0, REQUEUE))
 
 
-def stay_with(
-    job: submitit.Job[Report], tasks: int, log: Path, *, since: int, out: TextIO = sys.stdout
-) -> int:
+def stay_with(job: submitit.Job[Report], tasks: int, log: Path, *, since: int) -> int:
     """Show the lines that `log` gains after `since` bytes until the job ends; return its exit code."""
     ranks = [Task(rank, job) for rank in range(tasks)]
     controller = int(job.job_id)
     requests, heard = Requests(), 0
     tail = Tail(log, since)
     failed_at = asked_at = float("inf")
-    with requests.listening():
+    with requests.listening(), progress_bar(None) as bar:
         while not job.done():
-            _show(tail, out)
+            _show(tail, bar)
             now = time.monotonic()
             if requests.count > heard:
                 heard = requests.count
                 if heard == 1:
                     asked_at = now
-                    print("stopping: the job saves and ends (once more kills it)", file=out, flush=True)
+                    print("stopping: the job saves and ends (once more kills it)", flush=True)
                     _signal(controller, signal.SIGTERM)
                 else:
-                    print("killed", file=out, flush=True)
+                    print("killed", flush=True)
                     _signal(controller, signal.SIGKILL)
             if any(task.failed for task in ranks):
                 failed_at = min(failed_at, now)
@@ -141,8 +141,8 @@ def stay_with(
             if stuck or unborn:
                 _signal(controller, signal.SIGKILL)  # its ranks end with it
             time.sleep(_POLL_S)
-        _show(tail, out)
-    return _conclude(ranks, asked=heard > 0, out=out)
+        _show(tail, bar)
+    return _conclude(ranks, asked=heard > 0)
 
 
 def _signal(pid: int, number: signal.Signals) -> None:
@@ -152,12 +152,15 @@ def _signal(pid: int, number: signal.Signals) -> None:
         return  # it has ended meanwhile: what was asked for
 
 
-def _show(tail: Tail, out: TextIO) -> None:
+def _show(tail: Tail, bar: Bar) -> None:
     for line in tail.lines():
-        print(line, file=out, flush=True)
+        print(line, flush=True)
+        step = STEP.search(line)
+        if step is not None:
+            bar.show(int(step[1]), "training", int(step[2]))
 
 
-def _conclude(ranks: list[Task], *, asked: bool, out: TextIO) -> int:
+def _conclude(ranks: list[Task], *, asked: bool) -> int:
     results = [task.result for task in ranks]
     reports = [
         value for result in results if result is not None for value in result[1:] if isinstance(value, Report)

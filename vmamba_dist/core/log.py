@@ -53,19 +53,19 @@ def logging_to(path: Path, rank: int) -> Iterator[None]:
 class Bar:
     """A progress bar over steps; silent where there is no terminal."""
 
-    def __init__(self, progress: Progress | None, total: int) -> None:
+    def __init__(self, progress: Progress | None, total: int | None) -> None:
         self._progress = progress
         self._task = progress.add_task("", total=total) if progress else None
 
-    def show(self, step: int, text: str) -> None:
+    def show(self, step: int, text: str, total: int | None = None) -> None:
         if self._progress is not None and self._task is not None:
-            self._progress.update(self._task, completed=step, description=text)
+            self._progress.update(self._task, completed=step, description=text, total=total)
 
 
 @contextmanager
-def progress_bar(total: int, *, enabled: bool) -> Iterator[Bar]:
-    """A live bar on a terminal for `total` steps."""
-    if not (enabled and sys.stdout.isatty()):
+def progress_bar(total: int | None) -> Iterator[Bar]:
+    """A live bar on a terminal for `total` steps, None while that is unknown; nothing elsewhere."""
+    if not sys.stdout.isatty():
         yield Bar(None, total)
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())

@@ -278,7 +278,7 @@ def _writers(
         closing.callback(tensorboard.close)
         text = "\n".join(f"    {line}" for line in to_yaml(cfg).splitlines())
         tensorboard.add_text("config", text, state.step)
-    bar = closing.enter_context(progress_bar(total_steps, enabled=True))
+    bar = closing.enter_context(progress_bar(total_steps))
     return Writers(metrics, tensorboard, bar, cfg.telemetry.log_every_steps, total_steps)
 
 
