@@ -176,11 +176,11 @@ def newest_and_log(path: Path) -> tuple[str, list[str]]:
     handler = logging.Handler()
     handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
     logging.getLogger("vmamba_dist").addHandler(handler)
+    kept = joined(path)
     try:
-        kept = joined(path)
         found = kept.newest()
-        kept.run.release()
     finally:
+        kept.run.release()
         logging.getLogger("vmamba_dist").removeHandler(handler)
     return found.path.name if found else "", messages
 
@@ -214,11 +214,14 @@ def test_a_damaged_checkpoint_is_named_set_aside_and_the_one_before_taken(
     }
 
 
-def test_where_every_checkpoint_is_damaged_none_is_found(tmp_path: Path) -> None:
+def test_where_every_checkpoint_is_damaged_the_run_does_not_begin_anew(tmp_path: Path) -> None:
+    """To begin at step 1 would cut metrics.jsonl to nothing; the second start must not do it either."""
     save_steps(tmp_path, [5, 17])
     for step in (5, 17):
         flip(tmp_path / "checkpoints" / f"step-{step:09d}" / "__0_0.distcp")
-    assert world(2).run(newest_and_log, tmp_path)[1] == ("", [])
+    for _ in range(2):
+        with pytest.raises(CheckpointError, match=r"none is whole, only step-000000005\.corrupt-1"):
+            world(2).run(newest_and_log, tmp_path)
     assert all("corrupt-1" in p.name for p in (tmp_path / "checkpoints").iterdir())
 
 
@@ -235,11 +238,13 @@ def test_a_named_checkpoint_is_found_and_damage_is_an_error_that_renames_nothing
     for place in (tmp_path, checkpoints):
         assert world(2).run(find, place) == ["step-000000017"] * 2
     flip(checkpoints / "step-000000017" / "__0_0.distcp")
-    for place in (tmp_path, checkpoints / "step-000000017"):
-        with pytest.raises(
-            CheckpointError, match=r"step-000000017 is damaged: __0_0\.distcp: sha256 differs"
-        ):
-            world(2).run(find, place)
+    damaged = r"step-000000017 is damaged: __0_0\.distcp: sha256 differs"
+    with pytest.raises(CheckpointError, match=damaged):
+        world(2).run(find, checkpoints / "step-000000017")
+    assert world(2).run(find, tmp_path) == [older.name] * 2  # a run directory: its newest whole one
+    flip(older / "__0_0.distcp")
+    with pytest.raises(CheckpointError, match=damaged):
+        world(2).run(find, tmp_path)
     assert {p.name for p in checkpoints.iterdir()} == {"step-000000005", "step-000000017"}
     with pytest.raises(CheckpointError, match="neither a checkpoint nor a run directory"):
         world(2).run(find, tmp_path / "elsewhere")

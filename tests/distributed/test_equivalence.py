@@ -1,13 +1,9 @@
-"""Many processes learn what one learns; a mistake in the reduction, the clip or the EMA is seen.
-
-A scan that loses its carry is seen in tests/kernels and not here: with fresh weights the state adds so little
-to y that 20 steps without it move the loss by 2e-6 (measured).
-"""
+"""Many processes learn what one learns; a mistake in the reduction, the clip, the EMA or the scan is seen."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -62,11 +58,54 @@ def late_ema() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def a_state_that_matters() -> Iterator[None]:
+    """Longer time steps and larger B and C: with fresh weights the state adds so little to y that 20 steps
+    without its carry move the loss by 2e-6 (measured)."""
+    from vmamba_dist.train import assemble
+
+    right = assemble.build_objective
+
+    def build(*args: Any, **options: Any) -> Any:
+        objective = right(*args, **options)
+        with torch.no_grad():
+            for name, parameter in objective.named_parameters():
+                if name.endswith("dt_projs_bias"):
+                    parameter += 3
+                if name.endswith("x_proj_weight"):
+                    parameter *= 30
+        return objective
+
+    with patch.object(assemble, "build_objective", build):
+        yield
+
+
+@contextmanager
+def lost_carry() -> Iterator[None]:
+    """The scan forgets its state half-way down the image."""
+    from vmamba_kernels import ss2d_scan as right
+
+    def scan(x: torch.Tensor, projected: torch.Tensor, *rest: Any, **options: Any) -> torch.Tensor:
+        half = x.shape[1] // 2
+        if half == 0:
+            return right(x, projected, *rest, **options)
+        top = right(x[:, :half], projected[:, :half], *rest, **options)
+        return torch.cat([top, right(x[:, half:], projected[:, half:], *rest, **options)], dim=1)
+
+    with patch("vmamba_dist.models.ss2d.ss2d_scan", scan):
+        yield
+
+
 MUTANTS = {f.__name__: f for f in (no_gradient_mean, no_clip, late_ema)}
 
 
 def train_mutant(args: list[str], mutant: str) -> str:
     with MUTANTS[mutant]():
+        return train(args)
+
+
+def train_with_a_state_that_matters(args: list[str], mutant: bool) -> str:
+    with a_state_that_matters(), lost_carry() if mutant else nullcontext():
         return train(args)
 
 
@@ -112,6 +151,16 @@ def test_recompute_changes_no_bit(digits: Path, tmp_path: Path, alone: list[dict
 def test_a_mutant_is_seen(mutant: str, digits: Path, alone: list[dict[str, Any]], tmp_path: Path) -> None:
     world(2).run(train_mutant, words(digits, tmp_path, f"run.max_steps={STEPS}"), mutant)
     assert distance(alone, metrics(tmp_path)) > 10 * TOLERANCE
+
+
+def test_a_lost_carry_is_seen(digits: Path, tmp_path: Path) -> None:
+    found = []
+    for i, (ranks, mutant) in enumerate(((1, False), (2, False), (2, True))):
+        args = words(digits, tmp_path / str(i), f"run.max_steps={STEPS}", "data.image_size=32")
+        world(ranks).run(train_with_a_state_that_matters, args, mutant)
+        found.append(metrics(tmp_path / str(i)))
+    assert distance(found[0], found[1]) <= TOLERANCE
+    assert distance(found[0], found[2]) > 10 * TOLERANCE
 
 
 def test_a_resume_at_another_world_size_goes_on_within_rounding(

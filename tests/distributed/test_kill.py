@@ -154,7 +154,9 @@ def test_killed_at_random_moments_it_ends_as_if_it_had_not_been(
 ) -> None:
     assert [line["step"] for line in metrics(unbroken)] == list(range(1, 45))
     run_dir = tmp_path / "run"
-    attempts = kill_and_resume(launcher, words(digits, run_dir), run_dir, kills=12, seed=int(time.time()))
+    seed = int(time.time())
+    print("seed", seed)  # shown where it fails: the same kills can be tried again
+    attempts = kill_and_resume(launcher, words(digits, run_dir), run_dir, kills=12, seed=seed)
     check(attempts, run_dir, unbroken)
     begun = [a.newest for a in attempts if a.number]
     assert len(begun) >= 10

@@ -127,9 +127,6 @@ def saved_steps(run_dir: Path) -> set[int]:
     return {step_of(path) or 0 for path in list_checkpoints(run_dir / "checkpoints")}
 
 
-# ---- bad input
-
-
 def bad_lines(run_dir: Path) -> list[dict[str, Any]]:
     found = [json.loads(line) for line in (run_dir / "bad.jsonl").read_text().splitlines()]
     return sorted(found, key=lambda bad: (bad["epoch"], bad["position"]))
@@ -218,9 +215,6 @@ def test_too_many_bad_samples_stop_all_ranks_and_leave_a_good_checkpoint(
     assert losses_differ(tmp_path, with_bad) <= TOLERANCE
 
 
-# ---- what cannot be
-
-
 def set_with(shards: Path, **info: Any) -> Path:
     """Change the training split's entry of a set's index."""
     path = shards / "_info.json"
@@ -271,8 +265,6 @@ def test_what_cannot_be_is_said_before_ranks_meet(
     assert not torch.distributed.is_initialized()
     assert not (tmp_path / "run").exists()
 
-
-# ---- numbers that are not finite
 
 PURE = ("augment.mixup=0", "augment.cutmix=0", "eval.every_epochs=0")  # a sick sample stays one sample
 
@@ -395,9 +387,6 @@ def test_an_infinite_weight_is_named_and_its_checkpoint_before_goes_on(odd: Path
     assert all(line["applied"] for line in strict_lines(tmp_path))
 
 
-# ---- evaluation
-
-
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("digits") / "set"
@@ -486,8 +475,10 @@ def test_an_evaluation_that_cannot_be_says_why(
     shutil.copytree(unbroken[1], run_dir)
     args = [f"eval.checkpoint={run_dir}"]
     if what == "damaged":
-        file = list_checkpoints(run_dir / "checkpoints")[-1] / "__0_0.distcp"
+        newest = list_checkpoints(run_dir / "checkpoints")[-1]
+        file = newest / "__0_0.distcp"
         file.write_bytes(file.read_bytes()[:-1])
+        args = [f"eval.checkpoint={newest}"]
     elif what == "nowhere":
         args = [f"eval.checkpoint={tmp_path}"]
     elif what == "split":
@@ -498,9 +489,6 @@ def test_an_evaluation_that_cannot_be_says_why(
         args.append(f"eval.data={make_set(tmp_path / 'seven', 14, num_classes=7)}")
     assert evaluate.main(args) == 2
     assert says in capsys.readouterr().err
-
-
-# ---- stopping, pausing, starting again
 
 
 def stop_at(args: list[str], rank: int, number: int, step: int) -> int:
@@ -638,9 +626,6 @@ def test_lanes_are_chosen_once(odd: Path, tmp_path: Path) -> None:
     assert lanes["few"] == lanes["copy"] < lanes["many"]
     assert losses_differ(few, tmp_path / "copy") <= TOLERANCE
     assert losses_differ(few, many) > TOLERANCE
-
-
-# ---- records
 
 
 def test_tensorboard_has_each_step_once_after_a_kill(odd: Path, tmp_path: Path) -> None:

@@ -97,9 +97,10 @@ class Checkpoints:
         return final
 
     def newest(self, *, at: Path | None = None) -> Found | None:
-        """Find and verify the newest whole checkpoint of this run; None where there is none.
+        """Find and verify the newest whole checkpoint of this run; None where none was ever published.
 
-        A damaged one is renamed step-N.corrupt-K, its faults are logged, and the one before is taken.
+        A damaged one is renamed step-N.corrupt-K, its faults are logged, and the one before is taken. Raises
+        CheckpointError where there are only damaged ones: to begin anew would cut the run's metrics.
         With `at`, a checkpoint or a run directory, that one is meant: see `find`.
         """
         if at is not None:
@@ -110,11 +111,20 @@ class Checkpoints:
                 return _verified(path, self.world)
             except Damaged as damage:
                 self._set_aside(path, damage)
+        self._on_main(f"look into {self.run.checkpoints}", self._refuse_to_begin_anew)
         return None
 
     def load(self, found: Found, tensors: Mapping[str, Tensor], *, allow_unused: Sequence[str] = ()) -> None:
         """Fill the tensors in place from a checkpoint: see the function `load`."""
         load(found, tensors, self.world, allow_unused=allow_unused)
+
+    def _refuse_to_begin_anew(self) -> None:
+        damaged = sorted(path.name for path in self.run.checkpoints.glob("step-*.corrupt-*"))
+        if damaged:
+            raise CheckpointError(
+                f"none is whole, only {_some(damaged)}: put a whole one there, take another run.dir, "
+                "or remove them to begin anew at step 1"
+            )
 
     def _prepare(self, final: Path) -> None:
         self.run.check_attempt()
@@ -153,22 +163,26 @@ class Checkpoints:
 
 
 def find(at: str | Path, world: World) -> Found:
-    """Verify a checkpoint that somebody named: its directory, or a run directory, for its newest. Collective.
+    """Verify a checkpoint that somebody named: its directory, or a run directory, for its newest whole one.
 
-    Nothing is renamed, since it may be someone else's. Raises CheckpointError where none is there or it is
-    damaged.
+    A collective. Nothing is renamed, since it may be someone else's. Raises CheckpointError where none is
+    there or all are damaged.
     """
     place = Path(at).absolute()
-    if store.step_of(place) is None and not (place / store.MANIFEST).exists():
-        holder = place / "checkpoints" if (place / "checkpoints").is_dir() else place
-        candidates = _list(holder, world)
-        if not candidates:
-            raise CheckpointError(f"{place}: neither a checkpoint nor a run directory that holds one")
-        place = candidates[-1]
-    try:
-        return _verified(place, world)
-    except Damaged as damage:
-        raise CheckpointError(f"checkpoint {place} is damaged: {damage}; name another one") from damage
+    if store.step_of(place) is not None or (place / store.MANIFEST).exists():
+        candidates = [place]
+    else:
+        candidates = _list(place / "checkpoints" if (place / "checkpoints").is_dir() else place, world)
+    if not candidates:
+        raise CheckpointError(f"{place}: neither a checkpoint nor a run directory that holds one")
+    damages = []
+    for candidate in reversed(candidates):
+        try:
+            return _verified(candidate, world)
+        except Damaged as damage:
+            damages.append(f"checkpoint {candidate} is damaged: {damage}")
+            _log.warning("%s", damages[-1])
+    raise CheckpointError(f"{'; '.join(damages)}; name another one")
 
 
 def load(

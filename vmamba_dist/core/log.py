@@ -30,6 +30,7 @@ def logging_to(path: Path, rank: int) -> Iterator[None]:
     screen: logging.Handler
     if sys.stdout.isatty():
         screen = RichHandler(console=_console, show_path=False, rich_tracebacks=False, markup=False)
+        screen.setFormatter(logging.Formatter("%(message)s" if rank == 0 else f"[rank {rank}] %(message)s"))
     else:
         screen = logging.StreamHandler(sys.stdout)
         screen.setFormatter(form)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import AbstractContextManager
 from typing import Literal
 
@@ -21,7 +22,11 @@ def autocast(device: torch.device, compute: torch.dtype) -> AbstractContextManag
 
 
 def be_deterministic() -> None:
-    """Choose operators that repeat bit for bit; on a GPU this costs some speed, on a CPU nothing."""
+    """Choose operators that repeat bit for bit; on a GPU this costs some speed, on a CPU nothing.
+
+    Before the first use of CUDA: cuBLAS reads its variable once.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.deterministic = True
     torch.use_deterministic_algorithms(True, warn_only=True)

@@ -19,7 +19,7 @@ from vmamba_dist.checkpoint.save import Checkpoints, Found
 from vmamba_dist.config import Config, ConfigError, digest, to_dict, to_yaml, trajectory
 from vmamba_dist.core.dist import World, gather, on_main
 from vmamba_dist.core.log import logging_to, progress_bar
-from vmamba_dist.core.precision import autocast, be_deterministic, compute_dtype
+from vmamba_dist.core.precision import autocast, compute_dtype
 from vmamba_dist.core.rundir import RunDir
 from vmamba_dist.core.state import TrainState
 from vmamba_dist.data.augment import DeviceTransform, Normalize
@@ -45,6 +45,7 @@ from vmamba_dist.train.sources import Sources
 from vmamba_dist.train.stopping import StopRequest
 
 log = logging.getLogger(__name__)
+_OBJECTIVES = {"classify": Classify}
 
 
 @contextmanager
@@ -52,7 +53,6 @@ def assembled(cfg: Config, sources: Sources, world: World, stop: StopRequest) ->
     """Build a run, resumed where it has a checkpoint; everything is closed at the end. A collective."""
     with ExitStack() as closing:
         run_dir = _own(cfg, world, closing)
-        be_deterministic()
         state = TrainState()
         objective = build_objective(cfg, sources.num_classes, world)
         engine = parallelize(
@@ -66,10 +66,7 @@ def assembled(cfg: Config, sources: Sources, world: World, stop: StopRequest) ->
         checkpoints = Checkpoints(
             run_dir, cfg.checkpoint, world, metric=best_metric(cfg.eval, has_ema=ema is not None)
         )
-        identity = trajectory(cfg) | {
-            "data.train (content)": sources.train.fingerprint(),
-            "num_classes (resolved)": sources.num_classes,
-        }
+        identity = _identity(cfg, sources)
         tensors = engine.state() | (ema.state() if ema is not None else {})
         found = _resume(cfg, checkpoints, identity)
         _describe(cfg, run_dir, world)
@@ -126,7 +123,7 @@ def assembled(cfg: Config, sources: Sources, world: World, stop: StopRequest) ->
         )
         compute = compute_dtype(cfg.precision.compute)
         shape = (cfg.data.image_size, cfg.data.image_size)
-        peak = peak_tflops(world.device, cfg.telemetry.peak_tflops)
+        peak = peak_tflops(world.device, cfg.telemetry.peak_tflops, compute)
         record = Record(
             state,
             writers,
@@ -159,6 +156,7 @@ def assembled(cfg: Config, sources: Sources, world: World, stop: StopRequest) ->
             max_steps=cfg.run.max_steps,
             eval_every=Every(_steps_between(cfg.eval.every_epochs, steps_per_epoch)),
             save_every=Every(cfg.checkpoint.every_steps),
+            save_best=cfg.checkpoint.keep_best,
         )
 
 
@@ -175,7 +173,7 @@ def build_objective(cfg: Config, num_classes: int, world: World, *, initialise: 
             scan_pattern=cfg.model.scan_pattern,
             scan_backend=cfg.model.scan_backend,
         )
-        objective = Classify(backbone, seed=cfg.run.seed)
+        objective = _OBJECTIVES[cfg.objective.name](backbone, seed=cfg.run.seed)
     objective.to_empty(device=world.device)
     if initialise:
         backbone.init_weights(cfg.run.seed)
@@ -225,6 +223,19 @@ def _describe(cfg: Config, run_dir: RunDir, world: World) -> None:
         beside.write_text(to_yaml(cfg), encoding="utf-8")
         beside.replace(run_dir.config)
         record_environment(run_dir.environment, describe_environment(cfg, world))
+
+
+def _identity(cfg: Config, sources: Sources) -> dict[str, Any]:
+    """Everything that decides what training computes; a resume must match it."""
+    identity = trajectory(cfg) | {
+        "data.train (content)": sources.train.fingerprint(),
+        "num_classes (resolved)": sources.num_classes,
+    }
+    if cfg.eval.patience:  # then evaluations decide when training ends
+        plain = to_dict(cfg)["eval"]
+        identity |= {f"eval.{key}": plain[key] for key in ("every_epochs", "metric", "weights", "crop")}
+        identity["eval.data (content)"] = sources.evaluation.fingerprint()
+    return identity
 
 
 def _resume(cfg: Config, checkpoints: Checkpoints, identity: dict[str, Any]) -> Found | None:

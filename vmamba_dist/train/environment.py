@@ -13,7 +13,10 @@ import subprocess
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
+import PIL
 import torch
+import torchvision
 
 import vmamba_dist
 from vmamba_dist.config.schema import Config
@@ -31,7 +34,13 @@ class Environment:
     device: str
     machine: str  # the processor's kind
     threads: int  # of torch, a process
+    micro_batch: int | None
+    recompute: str
+    compile: str
     torch: str
+    torchvision: str  # these three make the pixels and the order
+    pillow: str
+    numpy: str
     cuda: str | None
     python: str
     vmamba_dist: str
@@ -47,7 +56,13 @@ def describe_environment(cfg: Config, world: World) -> Environment:
         device=torch.cuda.get_device_name(world.device) if cuda else "cpu",
         machine=platform.machine(),
         threads=torch.get_num_threads(),
+        micro_batch=cfg.parallel.micro_batch,
+        recompute=cfg.parallel.recompute,
+        compile=cfg.parallel.compile,
         torch=torch.__version__,
+        torchvision=torchvision.__version__,
+        pillow=PIL.__version__,
+        numpy=np.__version__,
         cuda=torch.version.cuda if cuda else None,
         python=platform.python_version(),
         vmamba_dist=vmamba_dist.__version__,

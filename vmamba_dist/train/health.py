@@ -50,8 +50,8 @@ def note_bad(state: TrainState, report: Report, *, fraction: float, epoch_sample
 def find_nonfinite(module: nn.Module, forward: Callable[[Inputs], LossTerms], inputs: Inputs) -> str | None:
     """Run one micro-batch again and name the first non-finite thing and its samples; None if all is finite.
 
-    No collective: each rank looks at its own samples. None of the non-finite updates was applied, so the
-    weights are still those that they met.
+    No collective: each rank looks at its own samples. The weights are those that the samples met, but for
+    one finite step that may have come in between: a verdict is read a step late.
     """
     found: list[str] = []
 

@@ -68,14 +68,15 @@ def train(run: Run) -> Outcome:
         stopping = run.record.note(before)  # one step late: the reduction has had a step's time to finish
 
         at_end = run.finished or run.paused
-        evaluating = at_end or run.eval_every.due(state)
+        regular = run.finished or run.eval_every.due(state)
+        evaluating = at_end or regular
         saving = at_end or run.save_every.due(state)
         if not (evaluating or saving or stopping):
             continue
         report = run.meter.drain()  # syncs host and device
-        evaluation = run.evaluate() if evaluating else {}
+        evaluation = run.evaluate(counts=regular) if evaluating else {}
         stopping = run.record.note(report, evaluation) or stopping
-        is_best = evaluating and state.evals_since_best == 0
+        is_best = run.save_best and regular and state.evals_since_best == 0
         if saving or stopping or is_best or run.finished:
             run.save(evaluation)
         if stopping and not run.finished:

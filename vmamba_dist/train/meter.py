@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from vmamba_dist.core.dist import World
+from vmamba_dist.core.rundir import sync_directory
 from vmamba_dist.parallel.engine import Update
 
 # Dense bf16 peak of one device in TFLOP/s, by a part of its name (vendors' data sheets).
@@ -40,7 +41,7 @@ class Report:
     stop: bool  # some rank was asked to stop
     bad: int  # samples replaced in this step, over all ranks
     data_wait: float  # share of the step's time that the mean rank waited for samples
-    step_time: float  # seconds, the slowest rank's loop between two records
+    step_time: float  # seconds between two records on this rank; ranks meet in every step
     samples_per_s: float
 
 
@@ -123,11 +124,11 @@ class Meter:
         )
 
 
-def peak_tflops(device: torch.device, configured: float) -> float | None:
-    """Peak of one device for MFU: the configured one, or the table's; None where unknown."""
+def peak_tflops(device: torch.device, configured: float, compute: torch.dtype) -> float | None:
+    """Peak of one device for MFU: the configured one, or the table's for bfloat16; None where unknown."""
     if configured > 0:
         return configured
-    if device.type != "cuda":
+    if device.type != "cuda" or compute != torch.bfloat16:
         return None
     name = torch.cuda.get_device_name(device)
     return next((peak for part, peak in _PEAK_TFLOPS.items() if part in name), None)
@@ -147,6 +148,7 @@ class MetricsLog:
         """Open for appending after step `after_step`, cutting later lines and a torn last one."""
         _cut(path, after_step)
         self._file = path.open("a", encoding="utf-8")
+        sync_directory(path.parent)
 
     def write(self, line: dict[str, Any]) -> None:
         self._file.write(json.dumps(line) + "\n")

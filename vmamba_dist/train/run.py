@@ -84,6 +84,7 @@ class Run:
     max_steps: int | None
     eval_every: Every
     save_every: Every
+    save_best: bool
 
     @property
     def finished(self) -> bool:
@@ -99,8 +100,12 @@ class Run:
         """The key that "best" goes by: eval/ema/top1, or eval/raw/… where there is no EMA."""
         return best_metric(self.eval_cfg, has_ema=self.ema is not None)
 
-    def evaluate(self) -> dict[str, float]:
-        """Evaluate the raw and the averaged weights, and note whether this is the best so far. A collective."""
+    def evaluate(self, *, counts: bool) -> dict[str, float]:
+        """Evaluate the raw and the averaged weights. A collective.
+
+        Where it `counts`, note whether it is the best so far; an evaluation that an unbroken run would not
+        have made, at a pause, must not bring early stopping nearer.
+        """
         found = {
             f"eval/raw/{key}": value for key, value in self.evaluator(self.engine.module, self.state).items()
         }
@@ -108,8 +113,9 @@ class Run:
             with self.ema.in_place():
                 averaged = self.evaluator(self.engine.module, self.state)
             found |= {f"eval/ema/{key}": value for key, value in averaged.items()}
-        higher_is_better = not self.best_metric.endswith("loss")
-        note_evaluation(self.state, found[self.best_metric], higher_is_better=higher_is_better)
+        if counts:
+            higher_is_better = not self.best_metric.endswith("loss")
+            note_evaluation(self.state, found[self.best_metric], higher_is_better=higher_is_better)
         return found
 
     def tensors(self) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ import torch
 
 from vmamba_dist.config.schema import Config
 from vmamba_dist.core.dist import end_with_parent, launched_by_torchrun, rank_and_size, world
+from vmamba_dist.core.precision import be_deterministic
 from vmamba_dist.train.assemble import assembled
 from vmamba_dist.train.loop import train
 from vmamba_dist.train.run import Outcome
@@ -25,6 +26,7 @@ def run(cfg: Config) -> Outcome:
     """
     if launched_by_torchrun():
         end_with_parent()
+    be_deterministic()
     if cfg.precision.threads:
         torch.set_num_threads(cfg.precision.threads)
     sources = open_sources(cfg, rank_and_size()[1])
