@@ -609,6 +609,17 @@ def test_patience_ends_a_run_for_good_and_retention_keeps_what_was_asked(odd: Pa
     assert len(lines) == 6
 
 
+def test_a_pause_brings_early_stopping_no_nearer(odd: Path, tmp_path: Path) -> None:
+    """The evaluation of a pause is shown and not counted: it would end the run a step after the second pause."""
+    args = small(odd, tmp_path, "optim.lr=1e-20", "eval.patience=2", "eval.every_epochs=0.25")
+    for pause in (3, 5):
+        assert world(1).run(train, [*args, f"run.max_steps={pause}"]) == ["paused"]
+    assert world(1).run(train, args) == ["finished"]
+    assert [line["step"] for line in metrics(tmp_path) if "eval/ema/top1" in line] == [2, 3, 4, 5, 6]
+    with pytest.raises(ConfigError, match=r"eval.metric was 'top1', now 'loss'"):
+        world(1).run(train, [*args, "eval.metric=loss"])
+
+
 def test_lanes_are_chosen_once(odd: Path, tmp_path: Path) -> None:
     """More readers want more lanes; a resume keeps those of the checkpoint, and so its samples."""
     few, many = tmp_path / "few", tmp_path / "many"
