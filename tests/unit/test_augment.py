@@ -49,9 +49,6 @@ def noise(count: int, size: int = 12) -> torch.Tensor:
     )
 
 
-# ---- on the host
-
-
 @pytest.mark.parametrize(
     "config",
     [
@@ -140,9 +137,6 @@ def test_evaluation_takes_the_centre_or_the_whole() -> None:
     assert not (centre[0, :, 2:-2] == 100).any()
     cropped = EvalTransform(14, 0.875)(Image.fromarray(wide[:, 20:60]))
     assert cropped.shape == (3, 14, 14)
-
-
-# ---- on the device
 
 
 def test_normalisation_is_the_arithmetic() -> None:

@@ -203,9 +203,6 @@ def test_a_killed_pack_leaves_no_set_and_the_next_one_is_whole(tmp_path: Path) -
     assert files(tmp_path / "out") == files(tmp_path / "fresh")
 
 
-# ---- the index against its tars
-
-
 def test_a_missing_shard_is_an_error(tmp_path: Path) -> None:
     folder = make_set(tmp_path)
     (folder / "odd-train-000003.tar").unlink()
@@ -369,9 +366,6 @@ def test_pickles_and_odd_labels_are_faults(tmp_path: Path) -> None:
     assert reasons[10] == "label 'True' is not an integer"
 
 
-# ---- verify and show
-
-
 def test_verify_names_every_fault(tmp_path: Path) -> None:
     folder = make_set(tmp_path)
     assert verify(folder).ok
@@ -412,9 +406,6 @@ def test_show_says_what_a_set_holds(tmp_path: Path) -> None:
     assert "odd: 5 classes" in text
     assert "train: " in text
     assert "test: " in text
-
-
-# ---- decoding
 
 
 def encode(image: Image.Image, form: str, **options: object) -> bytes:

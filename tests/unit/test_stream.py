@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
+import json
+import logging
 import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -18,11 +22,14 @@ import torch
 
 from shardsets import BAD_PLACES, make_damaged_set, make_set, members, picture
 from vmamba_dist.config.schema import AugmentConfig, ConfigError, DataConfig, EvalConfig
+from vmamba_dist.data import sources
 from vmamba_dist.data.augment import TrainTransform, borrowed_generator, sample_seeds
+from vmamba_dist.data.badlog import BadLog
 from vmamba_dist.data.batch import BadSample, Batch
 from vmamba_dist.data.order import EpochOrder
 from vmamba_dist.data.reader import DataError
 from vmamba_dist.data.shards import Index, read_index
+from vmamba_dist.data.sources import RETRY_AFTER_S, LocalSource, SourceError
 from vmamba_dist.data.stream import TrainStream, eval_batches
 from vmamba_dist.data.workers import Room, WorkerError, Workers
 
@@ -72,9 +79,6 @@ def rows(batches: Iterable[Batch]) -> dict[tuple[int, int], tuple[str, int, byte
             assert at not in found
             found[at] = batch.keys[i], int(batch.labels[i]), batch.images[i].numpy().tobytes()
     return found
-
-
-# ---- order and pixels
 
 
 def test_a_batch_is_the_samples_of_its_positions(index: Index) -> None:
@@ -155,14 +159,13 @@ def test_consumed_counts_and_not_read_ahead(index: Index) -> None:
     made.close()
 
 
-def test_workers_can_start_first_and_be_closed_unused(index: Index) -> None:
-    whole = take(5, stream(index))
+def test_workers_live_from_batches_to_close(index: Index) -> None:
     made = stream(index, 2)
-    made.start()
-    assert len(multiprocessing.active_children()) == 2
-    assert_same(whole[2:], take(3, made, 0, 24))
     assert multiprocessing.active_children() == []
-    made.start()
+    made.batches()
+    assert len(multiprocessing.active_children()) == 2
+    made.batches()
+    assert len(multiprocessing.active_children()) == 2
     made.close()
     made.close()
     assert multiprocessing.active_children() == []
@@ -227,9 +230,6 @@ def test_an_offset_between_updates_is_refused(index: Index) -> None:
     for offset in (6, -12, 108):
         with pytest.raises(ConfigError, match="no place between updates"):
             stream(index).batches(0, offset)
-
-
-# ---- bad samples
 
 
 def damaged(tmp_path: Path) -> Index:
@@ -333,16 +333,83 @@ def test_known_choices_are_used_again(tmp_path: Path) -> None:
     assert not any(batch.bad for batch in take(8, stream(mended)))
 
 
-def test_a_failing_source_replaces_nothing(tmp_path: Path) -> None:
+def test_choices_of_another_order_are_no_choices(tmp_path: Path) -> None:
+    """A start that left no checkpoint may be followed by one with another seed: its lines replace nothing.
+
+    By epoch and position alone they would put the other order's replacements into this one.
+    """
+    index = damaged(tmp_path)
+    path = tmp_path / "bad.jsonl"
+    bad_log = BadLog(path)
+    whole = take(8, stream(index))
+    for batch in whole:
+        bad_log.note(batch.bad)
+
+    def other(workers: int, **options: object) -> list[Batch]:
+        made = TrainStream(index, config(workers), AUGMENT, seed=6, lanes=6, **options)  # type: ignore[arg-type]
+        return take(8, made)
+
+    fresh = other(0)
+    for workers in (0, 2):
+        assert_same(fresh, other(workers, known_bad=BadLog(path).known))
+    bad_log = BadLog(path)
+    for batch in fresh:
+        bad_log.note(batch.bad)
+        bad_log.note(batch.bad)
+    lines = path.read_text().splitlines()
+    both = [bad for batch in whole + fresh for bad in batch.bad]
+    assert lines == list(dict.fromkeys(json.dumps(dataclasses.asdict(bad)) for bad in both))
+    mended = read_index(make_set(tmp_path / "mended", 97))
+    assert_same(whole, take(8, stream(mended, known_bad=BadLog(path).known)))
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same retries, a tenth as long."""
+    monkeypatch.setattr(sources, "RETRY_AFTER_S", tuple(wait_s / 10 for wait_s in RETRY_AFTER_S))
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_failing_source_replaces_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = make_set(tmp_path, 97)
     index = read_index(folder)
     (folder / "odd-train-000005.tar").unlink()
+    words = r"000005\.tar: bytes \d+ … \d+ could not be read in 4 attempts .* No such file"
     for workers in (0, 1):
-        with pytest.raises(FileNotFoundError, match="000005"):
+        caplog.clear()
+        with pytest.raises(SourceError, match=words):
             take(8, stream(index, workers))
+        told = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+        assert len(told) == 3
+        assert all("000005.tar" in text and "trying again" in text for text in told)
 
 
-# ---- worker processes
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_source_that_comes_back_loses_nothing(tmp_path: Path, index: Index, workers: int) -> None:
+    folder = make_set(tmp_path, 97)
+    tar, away = folder / "odd-train-000003.tar", folder / "away"
+    made = stream(read_index(folder), workers)
+    tar.rename(away)
+    back = threading.Timer(0.3, away.rename, [tar])
+    back.start()
+    assert_same(take(8, stream(index)), take(8, made))
+    back.join()
+
+
+def test_a_descriptor_that_went_bad_is_opened_again(index: Index, caplog: pytest.LogCaptureFixture) -> None:
+    path = index.root / index.shards[0].filename
+    source = LocalSource([path])
+    whole = source.read(0, 0, 2000)
+    held = [
+        int(at.name) for at in Path("/proc/self/fd").iterdir() if at.is_symlink() and at.readlink() == path
+    ]
+    assert len(held) == 1
+    os.close(held[0])
+    assert source.read(0, 0, 2000) == whole == path.read_bytes()[:2000]
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{path}: bytes 0 … 2000 could not be read ([Errno 9] Bad file descriptor); trying again in 0.1 s"
+    ]
+    source.close()
 
 
 def children(batches: Iterator[Batch]) -> list[int]:
@@ -446,6 +513,55 @@ def test_items_come_from_each_worker_in_turn_until_there_are_no_more() -> None:
     pool.close()
 
 
+class _Owned:
+    """What must end in its own process, like CUDA memory; garbage that only the collector finds."""
+
+    def __init__(self, ended: Path) -> None:
+        self.itself = self
+        self.ended = ended
+
+    def __del__(self) -> None:
+        with self.ended.open("a") as file:
+            file.write(f"{os.getpid()}\n")
+
+
+def test_a_worker_collects_no_garbage_of_its_parent(tmp_path: Path) -> None:
+    def collect(worker: int, _: None, room: Room) -> Iterator[tuple[int, int]]:
+        room()
+        yield 1, gc.collect()
+
+    ended = tmp_path / "ended"
+    gc.disable()
+    try:
+        _Owned(ended)
+        pool = Workers(collect, 1, 1, (1, 1))
+        pool.begin(None)
+        next(pool)
+        pool.close()
+        assert not ended.exists()
+    finally:
+        gc.enable()
+    gc.collect()
+    assert ended.read_text() == f"{os.getpid()}\n"
+
+
+def test_a_worker_logs_through_its_parent(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    log = logging.getLogger("vmamba_dist.data.test")
+
+    def speak(worker: int, _: None, room: Room) -> Iterator[tuple[int, int]]:
+        room()
+        log.warning("read %d", 7)
+        yield 1, os.getpid()
+
+    pool = Workers(speak, 1, 1, (1, 1))
+    pool.begin(None)
+    _, pid = next(pool)
+    pool.close()
+    assert [(record.getMessage(), record.process) for record in caplog.records] == [("read 7", pid)]
+
+
 def test_an_error_of_a_worker_is_raised_here() -> None:
     pool = Workers(produce, 2, 4, (2, 5))
     pool.begin(7)
@@ -456,9 +572,6 @@ def test_an_error_of_a_worker_is_raised_here() -> None:
     pool.close()
     with pytest.raises(WorkerError, match="closed"):
         next(pool)
-
-
-# ---- evaluation
 
 
 @pytest.mark.parametrize(

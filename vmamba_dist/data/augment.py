@@ -30,9 +30,6 @@ from vmamba_dist.data.batch import Batch
 _AUGMENT = tag("augment")
 
 
-# ---- on the host
-
-
 @contextmanager
 def borrowed_generator() -> Iterator[torch.Generator]:
     """Lend torch's global CPU generator, and give it back in the state it had."""
@@ -189,9 +186,6 @@ class RandAugment:
 
 def _to_tensor(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
-
-
-# ---- on the device
 
 
 class Normalize:

@@ -1,7 +1,8 @@
 """bad.jsonl: which samples could not be used, why, and what took their place.
 
-Law: a choice that was made once is used again on resume, and stands in the file once. Every rank appends
-lines of its own, each in one write.
+Law: a choice that was made once is used again on resume, and stands in the file once. A choice is known by its
+position and by the sample that lies there, so that what another order left in the file is no choice of this
+one. Every rank appends lines of its own, each in one write.
 """
 
 from __future__ import annotations
@@ -23,17 +24,17 @@ class BadLog:
     def __init__(self, path: Path) -> None:
         self._path = path
         self.known = _read(path)
-        self._written = {(bad.epoch, bad.position) for bad in self.known}
+        self._written = {_place(bad) for bad in self.known}
 
     def note(self, found: Sequence[BadSample]) -> None:
         """Write what is new, and say it in the log."""
-        new = [bad for bad in found if (bad.epoch, bad.position) not in self._written]
+        new = [bad for bad in found if _place(bad) not in self._written]
         if not new:
             return
         with self._path.open("a", encoding="utf-8") as file:
             file.write("".join(json.dumps(dataclasses.asdict(bad)) + "\n" for bad in new))
         for bad in new:
-            self._written.add((bad.epoch, bad.position))
+            self._written.add(_place(bad))
             log.warning(
                 "epoch %d: sample %s (number %d of %s) is unusable: %s; %s takes its place",
                 bad.epoch,
@@ -43,6 +44,10 @@ class BadLog:
                 bad.reason,
                 bad.replacement_key,
             )
+
+
+def _place(bad: BadSample) -> tuple[int, int, str, int]:
+    return bad.epoch, bad.position, bad.shard, bad.index
 
 
 def cut_torn_line(path: Path) -> None:

@@ -3,7 +3,7 @@
 Law: what a position yields depends on the shards and the order alone, never on who reads it or what was read
 before. A bad sample is replaced by the nearest earlier good element of its block, else the next one; a block
 without any good element is replaced element by element by its lane's previous block (the first block, which has
-none, by the next).
+none, by the next). A fault of the source itself replaces nothing: it is raised.
 
 A reader holds, for each lane it reads, the undecoded bytes of one block.
 """
@@ -72,7 +72,9 @@ class LaneReader:
         self._lengths = np.asarray(index.lengths, dtype=np.int64)
         self._transform = transform
         self._seed, self._lanes, self._block_size = seed, lanes, block
-        self._known = {(bad.epoch, bad.position): bad for bad in known_bad}
+        self._known: dict[tuple[int, int], list[BadSample]] = {}
+        for bad in known_bad:
+            self._known.setdefault((bad.epoch, bad.position), []).append(bad)
         self._shard_of = {shard.filename: i for i, shard in enumerate(index.shards)}
         self._source = index.source()
         self._order: EpochOrder | None = None
@@ -82,7 +84,7 @@ class LaneReader:
     def read(self, epoch: int, positions: Sequence[int], images: Tensor) -> Rows:
         """Read, decode and transform the samples at `positions` of `epoch` into `images`, (n, 3, S, S) uint8.
 
-        Raises DataError where a whole lane has no good sample, OSError where the source itself fails.
+        Raises DataError where a whole lane has no good sample, SourceError where the source itself fails.
         """
         order = self._begin(epoch)
         rows = Rows([], [])
@@ -111,7 +113,7 @@ class LaneReader:
 
     def _at(self, order: EpochOrder, position: int) -> tuple[_Good, BadSample | None]:
         lane, block, slot = order.place(position)
-        known = self._known.get((order.epoch, position))
+        known = self._known_at(order, position)
         if known is not None:
             chosen = self._again(known)
             if chosen is not None:
@@ -137,6 +139,19 @@ class LaneReader:
             replacement_key=replacement.key,
         )
         return replacement, bad
+
+    def _known_at(self, order: EpochOrder, position: int) -> BadSample | None:
+        """Return the earlier attempts' choice for a position, unless another order has made it.
+
+        A run that has no checkpoint yet may be started anew with another seed, block or set: then a good
+        sample stands where the line says that a bad one stood.
+        """
+        lines = self._known.get((order.epoch, position))
+        if lines is None:
+            return None
+        shard, index = order.locate(position)
+        place = (self._index.shards[shard].filename, index)
+        return next((bad for bad in lines if (bad.shard, bad.index) == place), None)
 
     def _load(self, order: EpochOrder, lane: int, block: int) -> _Block:
         places: list[tuple[int, int]] = []

@@ -306,9 +306,6 @@ def _read(source: sources.Source, offsets: Offsets, shard: int, count: int) -> I
         yield from read_samples(source, offsets, shard, first, min(64, count - first))
 
 
-# ---- pack
-
-
 @dataclass(frozen=True)
 class Record:
     """A sample to be packed; load() gives the bytes of its image file."""
@@ -553,9 +550,6 @@ def _write_whole(path: Path, data: bytes) -> None:
     temporary.rename(path)
 
 
-# ---- what can be packed
-
-
 @dataclass(frozen=True)
 class _Content:
     name: str
@@ -689,9 +683,6 @@ class _Keys:
             key += "x"
         self._seen.add(key)
         return key
-
-
-# ---- verify and show
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
 Law: a range is read by byte offset, never by passing over what lies before it; what is wrong with a sample
 is a value (Fault), the same for every reader; what is wrong with the source itself (an input/output error) is
-raised. No code runs from data: nothing here unpickles, and a sample that carries a pickle is a fault.
+never one: it is tried again, and raised where it stays. No code runs from data: nothing here unpickles, and a
+sample that carries a pickle is a fault.
 
 Local files only: `Source` is the seam for object stores.
 """
@@ -11,26 +12,39 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import lzma
 import os
 import re
 import tarfile
+import time
 import zlib
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from webdataset.tariterators import base_plus_ext, group_by_keys, tar_file_iterator
 
-from vmamba_dist.config.schema import ConfigError
+from vmamba_dist.config.schema import ConfigError, UserError
+
+log = logging.getLogger(__name__)
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 PICKLED = frozenset({"pkl", "pickle", "pyd", "pth", "pt", "joblib", "dill"})
 BLOCK = 512  # bytes: tar headers and contents start at multiples of it
 _TAR_ERRORS = (tarfile.TarError, ValueError, OverflowError, EOFError, OSError, zlib.error, lzma.LZMAError)
 _SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]*):(?!\\)")
+
+# A network file system that fails over or remounts mostly answers again within two seconds; longer is for the
+# file system's own retries, because all ranks wait meanwhile.
+RETRY_AFTER_S = (0.1, 0.4, 1.6)
+
+
+class SourceError(UserError, OSError):
+    """Shards cannot be read, however often that was tried; the message says which, where and why."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +83,7 @@ class Source(Protocol):
     """Where shards are read from."""
 
     def read(self, shard: int, start: int, end: int) -> bytes:
-        """Read bytes [start, end) of a shard; fewer where it ends before."""
+        """Read bytes [start, end) of a shard; fewer where it ends before. Raises SourceError once retries failed."""
 
     def close(self) -> None: ...
 
@@ -83,6 +97,24 @@ class LocalSource:
         self._open: OrderedDict[int, int] = OrderedDict()
 
     def read(self, shard: int, start: int, end: int) -> bytes:
+        for wait_s in (*RETRY_AFTER_S, None):
+            try:
+                return self._read(shard, start, end)
+            except OSError as error:
+                self._forget(shard)  # a descriptor may be stale where the file is not
+                if wait_s is None:
+                    raise SourceError(
+                        f"{self._paths[shard]}: bytes {start} … {end} could not be read in {len(RETRY_AFTER_S) + 1} "
+                        f"attempts over {sum(RETRY_AFTER_S):.1f} s; the last one failed with: {error}"
+                    ) from error
+                log.warning(
+                    "%s: bytes %d … %d could not be read (%s); trying again in %.1f s",
+                    *(self._paths[shard], start, end, error, wait_s),
+                )
+                time.sleep(wait_s)
+        raise AssertionError("the last attempt returns or raises")
+
+    def _read(self, shard: int, start: int, end: int) -> bytes:
         file = self._open.pop(shard, None)
         if file is None:
             if len(self._open) >= self._max_open:
@@ -94,6 +126,12 @@ class LocalSource:
             parts.append(part)
             start += len(part)
         return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def _forget(self, shard: int) -> None:
+        file = self._open.pop(shard, None)
+        if file is not None:
+            with suppress(OSError):  # what fails to be read may fail to be closed, and nothing was written
+                os.close(file)
 
     def close(self) -> None:
         while self._open:

@@ -76,7 +76,6 @@ class TrainStream:
             known_bad=known_bad,
         )
         self._workers: Workers[_From, Rows] | None = None
-        self._unused = False  # the workers wait for their orders
         if rank == 0:
             self._log()
 
@@ -106,23 +105,16 @@ class TrainStream:
         """Most rows of a micro-batch that one worker reads."""
         return 2 * math.ceil(self.share.micro_batch / 2 / max(1, self._data.workers))
 
-    def start(self) -> None:
-        """Fork the workers, which then wait. Best before the process group and CUDA; else batches() does it."""
-        if self._workers is None and self._data.workers:
-            size = self._data.image_size
-            shape = (self._max_rows(), size, size, 3)
-            self._workers = Workers(self._produce, self._data.workers, self._data.prefetch, shape)
-            self._unused = True
-
     def batches(
         self, epoch: int = 0, offset: int = 0, skipped: Sequence[tuple[int, int]] = ()
     ) -> Iterator[Batch]:
         """Yield this rank's micro-batches from `offset` samples into `epoch` on, over epochs without end.
 
         An update is `accumulate` of them, together with those of the other ranks. `skipped` are half-open
-        ranges [first, end) of data steps (epoch · steps_per_epoch + update) to leave out. A new call takes
-        over from the one before. Raises ConfigError for an offset that is no whole number of updates,
-        DataError and OSError as LaneReader does, WorkerError for a dead worker.
+        ranges [first, end) of data steps (epoch · steps_per_epoch + update) to leave out. The call forks the
+        workers, which read ahead from then on; another call ends them and takes over from it. Raises ConfigError
+        for an offset that is no whole number of updates, DataError and SourceError as LaneReader does,
+        WorkerError for a dead worker.
         """
         if (
             offset % self.share.global_batch
@@ -135,12 +127,10 @@ class TrainStream:
         begin = (epoch, offset // self.share.global_batch, tuple((first, end) for first, end in skipped))
         if not self._data.workers:
             return self._read_here(begin)
-        if not self._unused:
-            self.close()
-        self.start()
-        assert self._workers is not None
+        self.close()
+        shape = (self._max_rows(), self._data.image_size, self._data.image_size, 3)
+        self._workers = Workers(self._produce, self._data.workers, self._data.prefetch, shape)
         self._workers.begin(begin)
-        self._unused = False
         return self._gather(begin, self._workers)
 
     def close(self) -> None:

@@ -6,14 +6,21 @@ and SIGUSR2. It is killed by close(), at the interpreter's end, and by the kerne
 however it went. A worker that dies first is an error at the next item, never a hang.
 
 Images go through anonymous shared memory, a ring of `prefetch` + 1 slots a worker, which no limit of /dev/shm
-touches; the rest of an item is pickled through a pipe. Workers are forked: that takes milliseconds where a
-fresh interpreter imports for seconds, and they run only Pillow and single-threaded torch on the CPU. Start them
-before the process group and CUDA where possible.
+touches; the rest of an item is pickled through a pipe, and so is what a worker logs, for the parent to say.
+
+Workers are forked, which takes milliseconds where a fresh interpreter imports for seconds, and that when their
+first item is asked for: in a process that by then has threads, and mostly a process group and a CUDA context.
+A fork has no thread but its own, and neither group nor context works in it. That is right here because a worker
+touches none of them: it reads files and runs Pillow and single-threaded torch on the CPU, calls nothing of CUDA
+or of the group, collects no garbage of its parent's (whose end might), takes no lock of its parent's log handlers,
+and leaves without its parent's exit handlers, as every child of multiprocessing does.
 """
 
 from __future__ import annotations
 
 import atexit
+import gc
+import logging
 import math
 import mmap
 import multiprocessing
@@ -21,6 +28,7 @@ import os
 import signal
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from logging.handlers import QueueHandler
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkProcess
 from typing import Any, Generic, TypeVar
@@ -108,12 +116,17 @@ class Workers(Generic[Order, Rest]):
         try:
             if self._taken[worker]:
                 end.send(True)  # the slot of the item before is free
-            ready = wait([end, process.sentinel], timeout=PATIENCE_S)
-            if end in ready or end.poll():
-                return end.recv()  # type: ignore[no-any-return]
-            if not ready:
-                name = f"{process.name} (pid {process.pid})"
-                raise WorkerError(f"{name} has yielded nothing for {PATIENCE_S} s")
+            while True:
+                ready = wait([end, process.sentinel], timeout=PATIENCE_S)
+                if not ready:
+                    name = f"{process.name} (pid {process.pid})"
+                    raise WorkerError(f"{name} has yielded nothing for {PATIENCE_S} s")
+                if end not in ready and not end.poll():
+                    break
+                item = end.recv()
+                if not isinstance(item, logging.LogRecord):
+                    return item  # type: ignore[no-any-return]
+                logging.getLogger(item.name).handle(item)
         except (EOFError, ConnectionError):
             pass  # its end of the pipe closed as it died
         process.join(5)  # its pipes close a little before it can be waited for
@@ -136,6 +149,17 @@ class Workers(Generic[Order, Rest]):
         self._processes, self._ends = [], []
 
 
+class _ToParent(QueueHandler):
+    """Sends a worker's log records to its parent: a fork may find its console locked for ever."""
+
+    def __init__(self, end: Connection) -> None:
+        logging.Handler.__init__(self)
+        self._end = end
+
+    def enqueue(self, record: logging.LogRecord) -> None:
+        self._end.send(record)
+
+
 def _run(
     produce: Produce[Order, Rest],
     worker: int,
@@ -145,6 +169,7 @@ def _run(
     parent: int,
 ) -> None:
     """Be a worker: wait for the order, then produce until the parent has gone."""
+    gc.freeze()  # what the parent left to collect may own CUDA memory or a process group
     for ignored in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(ignored, signal.SIG_IGN)
     end_with_parent()
@@ -152,6 +177,8 @@ def _run(
         return
     for other in others:
         other.close()
+    logger = logging.getLogger(__package__.partition(".")[0])
+    logger.handlers, logger.propagate = [_ToParent(end)], False
     torch.set_num_threads(1)
     made = 0
 
