@@ -9,9 +9,12 @@ stamp=$VENV/installed
 wanted=$({ pwd; echo "$PIP_ARGS|$TORCH_INDEX"; cat pyproject.toml ${CONSTRAINTS:+"$CONSTRAINTS"}; } | sha256sum)
 if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ]; then exit 0; fi
 
-if [ ! -e "$VENV" ]; then
+usable() { suits "$VENV/bin/python" || fail "$VENV is no environment of Python 3.11 or 3.12: rm -r $VENV, or give another VENV=…"; }
+if [ -L "$VENV/bin/python" ] || [ -e "$VENV/bin/python" ]; then usable; fi
+# pip's own metadata is unpacked after its code: a kill in between leaves a pip that starts but cannot install.
+if ! "$VENV/bin/python" -m pip show --quiet pip 2>/dev/null; then
   candidates=${PYTHON:-python3.12 python3.11 python3}
-  for python in $candidates; do
+  for python in "$VENV/bin/python" $candidates; do  # what is half there is completed by its own Python
     if suits "$python"; then found=$python; break; fi
   done
   [ -n "${found:-}" ] || fail "no Python 3.11 or 3.12 (tried: $candidates); name one: make install PYTHON=…"
@@ -19,7 +22,7 @@ if [ ! -e "$VENV" ]; then
     fail "$found cannot make environments; on Debian and Ubuntu: sudo apt-get install python3-venv"
   "$found" -m venv "$VENV"
 fi
-suits "$VENV/bin/python" || fail "$VENV is no environment of Python 3.11 or 3.12: rm -r $VENV, or give another VENV=…"
+usable
 
 echo "installing into $VENV: some gigabytes, minutes the first time"
 pip=("$VENV/bin/python" -m pip install --quiet ${CONSTRAINTS:+-c "$CONSTRAINTS"})

@@ -1,6 +1,7 @@
 """`vmamba doctor`: what this machine can do, and the command that gets what is missing.
 
-Law: looks and changes nothing. Only what a CPU needs to train decides the exit code.
+Law: looks and changes nothing. What is missing comes with its command, or with the plain word that no
+command installs it. Only what a CPU needs to train decides the exit code.
 """
 
 from __future__ import annotations
@@ -19,9 +20,11 @@ from pathlib import Path
 from vmamba_dist.config.schema import ConfigError
 
 INSTALL = "pip install -c constraints.txt -e ."
+# Forced: a torch that does not load, or a CPU build where CUDA is wanted, counts as installed for pip.
+INSTALL_TORCH = "pip install --force-reinstall -c constraints.txt torch torchvision"
+INSTALL_SLURM = "sudo apt-get install slurm-client  (Debian, Ubuntu; a cluster's login nodes have it)"
 NEEDED_DISK_GIB = 2.0  # a run of the quick start, its data, and room for a checkpoint
 NEEDED_MEMORY_GIB = 2.0
-SHARED_MEMORY_GIB = 1.0  # DataLoader workers hand batches over through it
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ class Finding:
 
     name: str
     state: str
-    fix: str = ""  # the command, "" where nothing is missing
+    fix: str = ""  # the command, or that there is none; "" where nothing is missing
     needed: bool = False  # training on a CPU cannot do without
 
     @property
@@ -64,12 +67,11 @@ def program(name: str, purpose: str, fix: str) -> Finding:
 
 def torch_findings() -> list[Finding]:
     """The torch that is installed, whether it loads, and the GPUs it sees."""
-    install = "pip install -c constraints.txt torch torchvision"
     try:
         torch = importlib.import_module("torch")
         importlib.import_module("torchvision")
     except (ImportError, OSError, RuntimeError) as error:  # OSError: a library of its own is missing
-        return [Finding("torch", f"does not load: {error}", install, needed=True)]
+        return [Finding("torch", f"does not load: {error}", INSTALL_TORCH, needed=True)]
     build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU only"
     found = [
         Finding(
@@ -78,13 +80,13 @@ def torch_findings() -> list[Finding]:
     ]
     gloo = torch.distributed.is_available() and torch.distributed.is_gloo_available()
     found.append(
-        Finding("gloo", "yes" if gloo else "not in this torch", "" if gloo else install, needed=True)
+        Finding("gloo", "yes" if gloo else "not in this torch", "" if gloo else INSTALL_TORCH, needed=True)
     )
     count = torch.cuda.device_count()
     names = sorted({torch.cuda.get_device_name(i) for i in range(count)})
     no_gpu = "none: runs use the CPU"
     if Path("/proc/driver/nvidia/version").exists() and not count:
-        found.append(Finding("GPUs", f"a driver, but torch ({build}) sees no device", install))
+        found.append(Finding("GPUs", f"a driver, but torch ({build}) sees no device", INSTALL_TORCH))
     else:
         found.append(Finding("GPUs", f"{count} × {', '.join(names)}" if count else no_gpu))
     return found
@@ -92,23 +94,14 @@ def torch_findings() -> list[Finding]:
 
 def free_disk(path: Path) -> Finding:
     gib = shutil.disk_usage(path).free / 2**30
-    fix = "" if gib >= NEEDED_DISK_GIB else f"free {NEEDED_DISK_GIB:g} GiB, or set run.dir to another disk"
-    return Finding("disk", f"{gib:.1f} GiB free here", fix, needed=True)
+    fix = f"no command adds disk: free {NEEDED_DISK_GIB:g} GiB, or set run.dir to another disk"
+    return Finding("disk", f"{gib:.1f} GiB free here", "" if gib >= NEEDED_DISK_GIB else fix, needed=True)
 
 
 def memory() -> Finding:
     gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    fix = "" if gib >= NEEDED_MEMORY_GIB else "use a machine with more, or data.workers=0"
-    return Finding("memory", f"{gib:.1f} GiB", fix)
-
-
-def shared_memory() -> Finding:
-    path = Path("/dev/shm")
-    if not path.is_dir():
-        return Finding("/dev/shm", "not there", "data.workers=0, or mount -t tmpfs tmpfs /dev/shm")
-    gib = shutil.disk_usage(path).total / 2**30
-    fix = "" if gib >= SHARED_MEMORY_GIB else "docker run --shm-size=8g …, or data.workers=0"
-    return Finding("/dev/shm", f"{gib:.1f} GiB", fix)
+    fix = "no command adds memory: use a machine with more, or add data.workers=0 to the command"
+    return Finding("memory", f"{gib:.1f} GiB", "" if gib >= NEEDED_MEMORY_GIB else fix)
 
 
 def cores() -> Finding:
@@ -133,14 +126,14 @@ def findings() -> list[Finding]:
         lambda: [python()],
         torch_findings,
         dependencies,
-        lambda: [cores(), memory(), shared_memory(), free_disk(Path.cwd())],
-        lambda: [package("triton", "pip install -c constraints.txt torch  (torch for CUDA brings it)")],
+        lambda: [cores(), memory(), free_disk(Path.cwd())],
+        lambda: [package("triton", f"{INSTALL_TORCH}  (torch for CUDA brings it)")],
         lambda: [package("deepspeed", "pip install deepspeed")],
         lambda: [
             program("g++", "for torch.compile and DeepSpeed", "sudo apt-get install g++"),
             program("ninja", "for DeepSpeed", "pip install ninja"),
-            program("srun", "to run on a Slurm cluster", "use a login node of the cluster"),
-            program("sbatch", "to submit to Slurm", "use a login node of the cluster"),
+            program("srun", "to run on a Slurm cluster", INSTALL_SLURM),
+            program("sbatch", "to submit to Slurm", INSTALL_SLURM),
         ],
     )
     return [finding for check in checks for finding in check()]

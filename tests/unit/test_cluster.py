@@ -9,8 +9,9 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch
 
-from vmamba_dist.cluster import env, executors, status
+from vmamba_dist.cluster import env, executors, status, submit
 from vmamba_dist.cluster.follow import Requests, Tail
 from vmamba_dist.cluster.job import TrainJob
 from vmamba_dist.cluster.submit import plan
@@ -63,6 +64,12 @@ def test_status_counts_no_torn_line_and_the_median_step(tmp_path: Path) -> None:
     assert "step 5, loss 0.4000" in text
     assert "290 samples/s" in text
     assert f"rm -r {tmp_path}" in text
+
+
+def test_status_says_where_the_loss_is_no_number(tmp_path: Path) -> None:
+    line = {"step": 7, "loss": None, "samples_per_s": None}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    assert "step 7, loss not finite\n" in status.text(tmp_path)
 
 
 def test_status_of_a_run_that_has_not_begun(tmp_path: Path) -> None:
@@ -123,6 +130,25 @@ def test_a_gpu_has_one_process_and_asking_for_gpus_asks_for_cuda() -> None:
     ):
         with pytest.raises(ConfigError, match=says):
             plan("submit", words)
+
+
+@pytest.mark.parametrize("folder", ["a#b", "a?b", "a\tb"])
+def test_processes_do_not_meet_where_torch_would_cut_the_path(folder: str, tmp_path: Path) -> None:
+    words = [f"run.dir={tmp_path / folder}"]
+    assert plan("train", words).run_dir == tmp_path / folder  # one process meets nobody
+    with pytest.raises(ConfigError, match=r"run\.dir=.*without '#', '\?'"):
+        plan("submit", [*words, "launch.tasks_per_node=2"])
+
+
+@pytest.mark.parametrize("folder", ["a b", "a%23b", "a;b=1,c", "ä"])
+def test_torch_meets_at_the_file_of_the_job_folder(folder: str, tmp_path: Path) -> None:
+    words = ["launch.tasks_per_node=2", f"run.dir={tmp_path / folder}"]
+    place = plan("submit", words).job_folder
+    place.mkdir(parents=True)
+    url = submit.rendezvous(place)
+    store, _, _ = next(torch.distributed.rendezvous(url, rank=0, world_size=1))
+    store.set("met", "here")
+    assert (place / "rendezvous").exists()
 
 
 def test_a_plan_names_the_size_of_the_model() -> None:

@@ -20,7 +20,6 @@ def test_this_machine_can_train(capsys: pytest.CaptureFixture[str]) -> None:
         "GPUs",
         "cores",
         "memory",
-        "/dev/shm",
         "disk",
         "triton",
         "deepspeed",
@@ -35,7 +34,15 @@ def test_each_missing_thing_comes_with_its_command(tmp_path: Path, monkeypatch: 
     missing = [finding for finding in doctor.findings() if finding.name in ("g++", "ninja", "srun", "sbatch")]
     assert len(missing) == 4
     assert all(finding.fix and not finding.blocks for finding in missing)
-    assert all(finding.fix in finding.line() for finding in missing)
+    assert all("install" in finding.fix and finding.fix in finding.line() for finding in missing)
+
+
+def test_what_no_command_installs_is_said_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "NEEDED_MEMORY_GIB", 1e9)
+    monkeypatch.setattr(doctor, "NEEDED_DISK_GIB", 1e9)
+    short = [finding.line() for finding in doctor.findings() if finding.name in ("memory", "disk")]
+    assert len(short) == 2
+    assert all("no command adds" in line for line in short)
 
 
 def test_a_missing_package_is_named() -> None:

@@ -165,3 +165,18 @@ def test_release_lets_the_same_process_start_again(tmp_path: Path) -> None:
     assert again.attempt == 2
     assert again.checkpoints.is_dir()
     assert {p.name for p in run.path.iterdir()} == {"lock", "attempts.jsonl", "checkpoints"}
+
+
+def test_every_name_in_the_run_directory_is_put_on_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    durable: set[str] = set()
+    sync = rundir.sync_directory
+
+    def seen(path: Path) -> None:
+        durable.update(entry.name for entry in path.iterdir())
+        sync(path)
+
+    monkeypatch.setattr(rundir, "sync_directory", seen)
+    RunDir.acquire(tmp_path, wait_s=0).release()
+    assert durable == {entry.name for entry in tmp_path.iterdir()}

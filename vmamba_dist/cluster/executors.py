@@ -20,10 +20,11 @@ _NO_LIMIT_MIN = 10 * 365 * 24 * 60  # submitit wants a number
 
 
 def local_executor(folder: Path, launch: LaunchConfig) -> submitit.LocalExecutor:
-    """An executor that starts `launch.tasks_per_node` processes here and logs into `folder`."""
+    """An executor that starts `launch.tasks` processes here and logs into `folder`."""
     executor = submitit.LocalExecutor(folder=folder)
     limit_min = launch.time_limit_min or _NO_LIMIT_MIN
     executor.update_parameters(
+        nodes=launch.nodes,
         tasks_per_node=launch.tasks,
         timeout_min=limit_min,
         signal_delay_s=min(120, 60 * limit_min // 5),  # the warning before the end: two steps and a save

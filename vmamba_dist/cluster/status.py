@@ -37,10 +37,14 @@ def text(run: Path) -> str:
     last = lines[-1] if lines else {}
     rate = throughput(lines)
     speed = "" if rate is None else f"{rate:.0f} samples/s"
-    where = f"step {last['step']}, loss {last['loss']:.4f}" if lines else "no step yet"
+    where = f"step {last['step']}, {_loss(last['loss'])}" if lines else "no step yet"
     look = f"{_beside_python('tensorboard')} --logdir {run / 'tensorboard'}"
     rows = {"trained": where, "speed": speed, "run": str(run), "look": look, "remove": f"rm -r {run}"}
     return "\n".join(f"{key:<8} {value}" for key, value in rows.items() if value)
+
+
+def _loss(value: float | None) -> str:
+    return "loss not finite" if value is None else f"loss {value:.4f}"  # JSON has no NaN: null stands for it
 
 
 def _beside_python(name: str) -> str:

@@ -14,6 +14,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
+from urllib.parse import urlparse
 
 from vmamba_dist.cluster import env
 from vmamba_dist.cluster.executors import apart_from_terminal, local_executor
@@ -63,7 +64,10 @@ def plan(verb: str, words: Sequence[str]) -> Plan:
         if config.precision.device == "cpu":
             raise ConfigError("precision.device=cpu beside launch.gpus_per_node: take one of them away")
         config = replace(config, precision=replace(config.precision, device="cuda"))
-    return Plan(config, shlex.join(["vmamba", verb, *words]))
+    intent = Plan(config, shlex.join(["vmamba", verb, *words]))
+    if config.launch.tasks > 1:
+        _check_rendezvous(intent)
+    return intent
 
 
 def main(words: Sequence[str]) -> int:
@@ -76,6 +80,20 @@ def main(words: Sequence[str]) -> int:
     if intent.config.launch.cluster == "debug":
         return _run_here(intent)
     return run_as_job(intent, follow=intent.config.launch.follow)
+
+
+def rendezvous(folder: Path) -> str:
+    """Where torch's processes meet: a file. Not Path.as_uri: torch takes the path without unquoting it."""
+    return f"file://{folder}/rendezvous"
+
+
+def _check_rendezvous(intent: Plan) -> None:
+    url = rendezvous(intent.job_folder)
+    if f"file://{urlparse(url).path}" != url:  # as torch reads it
+        raise ConfigError(
+            f"run.dir={intent.config.run.dir!r}: several processes cannot meet below {str(intent.run_dir)!r}; "
+            "use a path without '#', '?', tabs and line breaks"
+        )
 
 
 def _processes(count: int) -> str:
@@ -122,7 +140,7 @@ def run_as_job(intent: Plan, *, follow: bool) -> int:
     tether = folder / "tether" if follow else None
     work = TrainJob(
         config=to_dict(intent.config),
-        rendezvous=f"file://{folder}/rendezvous",
+        rendezvous=rendezvous(folder),
         devices=env.visible_devices(),
         tether=str(tether) if tether else None,
     )

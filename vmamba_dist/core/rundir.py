@@ -85,8 +85,9 @@ class RunDir:
         root.mkdir(parents=True, exist_ok=True)
         descriptor = _lock_file(root / "lock", wait_s)
         try:
-            run = cls(root, _begin_attempt(root, descriptor), descriptor)
+            run = cls(root, 0, descriptor)
             run.checkpoints.mkdir(exist_ok=True)
+            run.attempt = _begin_attempt(root, descriptor)  # puts the names in the root on the disk
         except BaseException:
             _close(descriptor)
             raise
