@@ -70,6 +70,10 @@ def newest_whole(run_dir: Path) -> int:
     return max(steps, default=0)
 
 
+def last_listed(run_dir: Path) -> int:
+    return max((step_of(path) or 0 for path in list_checkpoints(run_dir / "checkpoints")), default=0)
+
+
 def last_number(run_dir: Path) -> int:
     last = last_attempt(run_dir)
     return last.attempt if last else 0
@@ -87,12 +91,20 @@ def mtime(path: Path) -> float:
         return 0.0
 
 
-def wait_for_moment(kind: str, rng: random.Random, run_dir: Path, start: Start, lines_before: int) -> None:
-    """Wait until the start has made a few steps, and for a save in progress where the kind asks for one."""
+def wait_for_moment(
+    kind: str, rng: random.Random, run_dir: Path, start: Start, newest: int, *, after_a_save: bool
+) -> None:
+    """Wait until the start has made a few steps, and for a save in progress where the kind asks for one.
+
+    Some wait for a published checkpoint first: by chance alone ten starts in a row may all die before one.
+    """
     deadline, begin = time.monotonic() + LIMIT_S, time.time()
     steps = rng.randrange(-1, 8)
-    while steps >= 0 and count_lines(run_dir / "metrics.jsonl") < lines_before + steps and start.alive():
+    while steps >= 0 and count_lines(run_dir / "metrics.jsonl") < newest + steps and start.alive():
         assert time.monotonic() < deadline, (run_dir.parent / "out.txt").read_text()[-3000:]
+        time.sleep(0.005)
+    while after_a_save and start.alive() and last_listed(run_dir) <= newest:
+        assert time.monotonic() < deadline
         time.sleep(0.005)
     if kind == "save":
         while start.alive() and not any(mtime(p) > begin for p in (run_dir / "checkpoints").glob("*.tmp")):
@@ -117,7 +129,7 @@ def kill_and_resume(
         start = launcher.start(RANKS, args, run_dir.parent / "out.txt")
         attempts.append(Attempt(kind, newest, exact))
         known = last_number(run_dir)
-        wait_for_moment(kind, rng, run_dir, start, newest)
+        wait_for_moment(kind, rng, run_dir, start, newest, after_a_save=i % 3 == 0)
         if kind in ("rank", "save"):
             start.kill(rng.choice(start.ranks))
         elif kind == "rank 0":
