@@ -635,3 +635,36 @@ def test_bad_evaluation_samples_are_masked_and_named(tmp_path: Path) -> None:
         assert len(bad) == len(BAD_PLACES)
         assert all(b.position == sum(index.lengths[: names.index(b.shard)]) + b.index for b in bad)
         assert all(b.reason and not b.replacement_shard for b in bad)
+
+
+def test_a_fork_that_never_returns_is_forked_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A lock that another thread held at the fork stopped a worker for ever, and its run with it (CPython 3.11)."""
+    stuck = tmp_path / "stuck"
+
+    def hang_once() -> None:
+        if stuck.exists():
+            stuck.unlink()
+            threading.Event().wait()
+
+    os.register_at_fork(after_in_child=hang_once)  # cannot be taken back; does nothing without the file
+    monkeypatch.setattr("vmamba_dist.data.workers.HELLO_S", 1.0)
+    stuck.touch()
+
+    def produce(worker: int, order: int, room: Room) -> Iterator[tuple[int, str]]:
+        room()[:1] = order + worker
+        yield 1, f"from {worker}"
+
+    with caplog.at_level(logging.WARNING, logger="vmamba_dist"):
+        pool = Workers(produce, 2, 1, (2, 5))
+    try:
+        pool.begin(7)
+        assert [(int(images[0, 0]), rest) for images, rest in islice(pool, 2)] == [
+            (7, "from 0"),
+            (8, "from 1"),
+        ]
+    finally:
+        pool.close()
+    assert "reader-0" in caplog.text
+    assert "forking it anew" in caplog.text

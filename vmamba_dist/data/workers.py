@@ -42,7 +42,13 @@ from vmamba_dist.core.dist import end_with_parent
 Order = TypeVar("Order")
 Rest = TypeVar("Rest")
 
+HELLO_S = 10.0  # a fork that lives says so within milliseconds
+FORKS = 6
 PATIENCE_S = 600  # a worker that yields nothing for so long has failed
+
+log = logging.getLogger(__name__)
+
+_HELLO = "ready"
 
 Room = Callable[[], Tensor]  # waits for a free slot and returns its memory
 Produce = Callable[[int, Order, Room], Iterator[tuple[int, Rest]]]
@@ -72,8 +78,18 @@ class Workers(Generic[Order, Rest]):
         self._turn = 0
         self._ends: list[Connection] = []
         self._processes: list[ForkProcess] = []
-        context = multiprocessing.get_context("fork")
+        _open.add(self)
         for worker in range(count):
+            self._fork(produce, worker)
+
+    def _fork(self, produce: Produce[Order, Rest], worker: int) -> None:
+        """Start one worker and hear from it; a child that stays silent is ended and forked anew.
+
+        CPython 3.11 takes a lock in the child that another thread of the parent may have held at the fork
+        (PyOS_AfterFork_Child, before it renews the lock): one fork in some hundreds then never returns.
+        """
+        context = multiprocessing.get_context("fork")
+        for _ in range(FORKS):
             ours, theirs = context.Pipe()
             process = context.Process(
                 target=_run,
@@ -86,9 +102,17 @@ class Workers(Generic[Order, Rest]):
                 warnings.filterwarnings("ignore", message=".*use of fork", category=DeprecationWarning)
                 process.start()
             theirs.close()  # before the next fork: a pipe that only its worker holds ends with it
-            self._ends.append(ours)
-            self._processes.append(process)
-        _open.add(self)
+            if _greeted(ours):
+                self._ends.append(ours)
+                self._processes.append(process)
+                return
+            log.warning(
+                "%s (pid %s) did not begin in %g s: forking it anew", process.name, process.pid, HELLO_S
+            )
+            process.kill()
+            process.join()
+            ours.close()
+        raise WorkerError(f"reader-{worker} did not begin in {FORKS} tries of {HELLO_S:g} s")
 
     def begin(self, order: Order) -> None:
         for end in self._ends:
@@ -149,6 +173,13 @@ class Workers(Generic[Order, Rest]):
         self._processes, self._ends = [], []
 
 
+def _greeted(end: Connection) -> bool:
+    try:
+        return end.poll(HELLO_S) and end.recv() == _HELLO
+    except (EOFError, ConnectionError):
+        return False
+
+
 class _ToParent(QueueHandler):
     """Sends a worker's log records to its parent: a fork may find its console locked for ever."""
 
@@ -180,6 +211,7 @@ def _run(
     logger = logging.getLogger(__package__.partition(".")[0])
     logger.handlers, logger.propagate = [_ToParent(end)], False
     torch.set_num_threads(1)
+    end.send(_HELLO)
     made = 0
 
     def room() -> Tensor:
