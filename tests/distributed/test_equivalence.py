@@ -147,6 +147,17 @@ def test_recompute_changes_no_bit(digits: Path, tmp_path: Path, alone: list[dict
     assert metrics(tmp_path) == alone
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_compiled_blocks_learn_what_eager_ones_learn(
+    digits: Path, tmp_path: Path, alone: list[dict[str, Any]]
+) -> None:
+    args = words(digits, tmp_path, "run.max_steps=3", "parallel.compile=block", "eval.every_epochs=0")
+    world(1).run(train, args, timeout_s=500)
+    losses = [line["loss"] for line in metrics(tmp_path)]
+    assert losses == pytest.approx([line["loss"] for line in alone[:3]], abs=TOLERANCE)
+
+
 @pytest.mark.parametrize("mutant", sorted(MUTANTS))
 def test_a_mutant_is_seen(mutant: str, digits: Path, alone: list[dict[str, Any]], tmp_path: Path) -> None:
     world(2).run(train_mutant, words(digits, tmp_path, f"run.max_steps={STEPS}"), mutant)

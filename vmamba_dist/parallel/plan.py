@@ -30,5 +30,5 @@ def parallelize(
         for stage in objective.backbone.layers:
             assert isinstance(stage, Stage)
             for block in stage.blocks:
-                block.compile()
+                block.compile(dynamic=False)  # inductor fails on the symbolic sizes of a second stage (2.14)
     return DdpEngine(objective, build_optimizer(objective, optim), world, compute_dtype(precision.compute))
