@@ -137,6 +137,7 @@ class Workers(Generic[Order, Rest]):
 
     def _receive(self, worker: int) -> tuple[int, Rest] | BaseException | None:
         end, process = self._ends[worker], self._processes[worker]
+        cause: Exception | None = None
         try:
             if self._taken[worker]:
                 end.send(True)  # the slot of the item before is free
@@ -151,13 +152,14 @@ class Workers(Generic[Order, Rest]):
                 if not isinstance(item, logging.LogRecord):
                     return item  # type: ignore[no-any-return]
                 logging.getLogger(item.name).handle(item)
-        except (EOFError, ConnectionError):
-            pass  # its end of the pipe closed as it died
+        except (EOFError, ConnectionError) as error:
+            cause = error  # its end of the pipe closed as it died
         process.join(5)  # its pipes close a little before it can be waited for
         code = process.exitcode
         killed = code is not None and code < 0
         how = f"was killed by signal {-code}" if killed and code else f"ended with exit code {code}"
-        raise WorkerError(f"{process.name} (pid {process.pid}) {how}; its own message, if any, is on stderr")
+        message = f"{process.name} (pid {process.pid}) {how}; its own message, if any, is on stderr"
+        raise WorkerError(message) from cause
 
     def close(self) -> None:
         """Kill the workers: they only read."""
