@@ -1,12 +1,15 @@
 """The one place that chooses an implementation: the user's word and a device become "torch" or "triton"."""
 
+import importlib.util
 import logging
+import os
 from functools import cache
 
 import torch
 
 BACKENDS = ("auto", "triton", "torch")
 
+_TRITON_IS_INSTALLED = importlib.util.find_spec("triton") is not None
 _log = logging.getLogger(__name__)
 
 
@@ -14,23 +17,38 @@ class BackendError(RuntimeError):
     """The scan implementation that was asked for cannot run here."""
 
 
+def interpreted() -> bool:
+    """Return whether Triton's kernels run in its interpreter, on CPU tensors (TRITON_INTERPRET=1)."""
+    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+
+
 def resolve_backend(backend: str, device: torch.device | str) -> str:
     """Return "torch" or "triton" for a request of auto, triton or torch on a device.
 
-    Raises ValueError for an unknown name and BackendError where the named implementation cannot run.
+    auto is Triton on CUDA and the PyTorch path elsewhere. Raises ValueError for an unknown name and BackendError
+    where the named implementation cannot run.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r} is unknown; use one of {', '.join(BACKENDS)}")
-    if backend == "triton":
+    kind = torch.device(device).type
+    if backend == "torch":
+        return "torch"
+    if backend == "auto":
+        chosen = "triton" if kind == "cuda" and _TRITON_IS_INSTALLED else "torch"
+        if not torch.compiler.is_compiling():
+            _announce(kind, chosen)
+        return chosen
+    if not _TRITON_IS_INSTALLED:
+        raise BackendError("backend='triton' needs the package triton; use backend='auto' or 'torch'")
+    if kind != "cuda" and not interpreted():
         raise BackendError(
-            f"backend='triton' cannot run on {torch.device(device).type!r}: this version has no Triton path "
-            "(and it will need a CUDA device); use backend='auto' or 'torch'"
+            f"backend='triton' cannot run on {kind!r}: the kernels need a CUDA device; use backend='auto' or "
+            "'torch' (or set TRITON_INTERPRET=1 before Python starts, for tests)"
         )
-    if backend == "auto" and not torch.compiler.is_compiling():
-        _announce(torch.device(device).type)
-    return "torch"
+    return "triton"
 
 
 @cache
-def _announce(device_type: str) -> None:
-    _log.info("selective scans on %s run on the PyTorch path", device_type)
+def _announce(device_type: str, chosen: str) -> None:
+    path = "as Triton kernels" if chosen == "triton" else "on the PyTorch path"
+    _log.info("selective scans on %s run %s", device_type, path)

@@ -242,7 +242,10 @@ def test_an_autopsy_names_the_first_non_finite_thing_and_its_samples(where: str,
         ("run.seed=1", "data.train is not set"),
     ],
 )
-def test_what_cannot_run_here_is_said_before_anything_starts(word: str, says: str) -> None:
+def test_what_cannot_run_here_is_said_before_anything_starts(
+    word: str, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(ConfigError) as caught:
         open_sources(load(["precision.device=cpu", word]), world_size=1)
     assert says in str(caught.value)

@@ -3,6 +3,7 @@
 The op is functional and chooses its implementation here, once. It returns y and what its adjoint needs.
 """
 
+import importlib.util
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -11,8 +12,11 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from vmamba_kernels.backend import resolve_backend
+from vmamba_kernels.backend import BackendError, resolve_backend
 from vmamba_kernels.scan import fast
+
+if importlib.util.find_spec("triton") is not None:
+    from vmamba_kernels.scan import triton_bwd, triton_fwd
 
 
 def selective_scan(
@@ -30,11 +34,18 @@ def selective_scan(
     """Run h_t = exp(delta_t A) h_{t-1} + delta_t B_t u_t, y_t = C_t h_t + D u_t over the last axis.
 
     u and delta are (B, K*C, L), A is (K*C, N), B and C are (B, K, N, L), D and delta_bias (K*C) or None; delta is
-    softplus(delta + delta_bias) first. Returns y (B, K*C, L) in u's dtype; the state is float32 at least.
+    softplus(delta + delta_bias) first. Returns y (B, K*C, L) in u's dtype; the state is float32 at least. auto takes
+    Triton on CUDA for every dtype but float64.
     Raises ValueError for shapes that do not fit, BackendError for a backend that cannot run here.
     """
     _check(u, delta, A, B, C, D, delta_bias)
     chosen = resolve_backend(backend, u.device)
+    if chosen == "triton" and u.dtype == torch.float64:
+        if backend == "triton":
+            raise BackendError(
+                "backend='triton' computes in float32 and u is float64; use backend='auto' or 'torch'"
+            )
+        chosen = "torch"
     y: Tensor
     y, _ = _selective_scan(u, delta, A, B, C, D, delta_bias, delta_softplus, chosen)
     return y
@@ -84,8 +95,8 @@ def _selective_scan(
     delta_softplus: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    assert backend == "torch", backend
-    return fast.forward(u, delta, A, B, C, D, delta_bias, delta_softplus)
+    run = triton_fwd.forward if backend == "triton" else fast.forward
+    return run(u, delta, A, B, C, D, delta_bias, delta_softplus)
 
 
 @_selective_scan.register_fake
@@ -100,7 +111,8 @@ def _(
     delta_softplus: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    return u.new_empty(u.shape), fast.empty_saved(u, A, B)
+    saved = triton_fwd.empty_saved(u, A) if backend == "triton" else fast.empty_saved(u, A, B)
+    return u.new_empty(u.shape), saved
 
 
 @torch.library.custom_op("vmamba::selective_scan_backward", mutates_args=())
@@ -117,8 +129,8 @@ def _selective_scan_backward(
     delta_softplus: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    assert backend == "torch", backend
-    return fast.backward(grad_y, saved, u, delta, A, B, C, D, delta_bias, delta_softplus)
+    run = triton_bwd.backward if backend == "triton" else fast.backward
+    return run(grad_y, saved, u, delta, A, B, C, D, delta_bias, delta_softplus)
 
 
 @_selective_scan_backward.register_fake

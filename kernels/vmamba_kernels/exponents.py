@@ -1,0 +1,33 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
+"""Powers and logarithms of two, as the hardware has them, for every Triton kernel here.
+
+FAST is the bare instruction of the special-function unit; without it, as in the interpreter, Triton's own function.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def exp2(x, FAST: tl.constexpr):
+    """2**x to 2 ulp; a denormal result is 0."""
+    if FAST:
+        return tl.inline_asm_elementwise(
+            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return tl.exp2(x)
+
+
+@triton.jit
+def log2(x, FAST: tl.constexpr):
+    """The logarithm to base 2; its absolute error near 1 is 2**-22."""
+    if FAST:
+        return tl.inline_asm_elementwise(
+            "lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return tl.log2(x)
