@@ -1,21 +1,42 @@
-"""The four-direction scan is the permuted reference, in value and every gradient; its walks are the official ones."""
+"""The four-direction scan is the permuted reference, in value and every gradient; its walks are the official ones.
 
+The Triton kernels run where there is a GPU, else in Triton's interpreter, which knows every law but speed.
+"""
+
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch.utils.checkpoint import checkpoint
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from torch.utils.flop_counter import FlopCounterMode
 
-from vmamba_kernels import PATTERNS, BackendError, scan_order, ss2d_scan
+from golden_rule import parameter
+from vmamba_dist.models.ss2d import SS2D
+from vmamba_kernels import PATTERNS, BackendError, backend, scan_order, ss2d_scan
 from vmamba_kernels.scan import recurrence
-from vmamba_kernels.ss2d import fast
+from vmamba_kernels.ss2d import fast, fused, tiles
 from vmamba_kernels.ss2d.reference import ss2d_scan_reference
-from vmamba_kernels.testing import IMAGE_SHAPES, ImageShape, relative_max, value_and_gradients, worst
+from vmamba_kernels.ss2d.tiles import Plan
+from vmamba_kernels.testing import (
+    IMAGE_SHAPES,
+    ImageShape,
+    golden_tensor,
+    relative_max,
+    relative_rms,
+    value_and_gradients,
+    worst,
+)
 
 GOLDEN = Path(__file__).parents[1] / "golden"
+GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if GPU else "cpu")
+CAST = ("x", "projected", "dt_weight", "dy")  # what a model hands over in its own precision
+# Relative RMS of the Triton kernels.
+TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 4e-3, torch.float16: 1e-3}
 
 
 def test_scan_orders_are_the_official_ones():
@@ -130,7 +151,7 @@ def test_op_keeps_the_contract_of_torch(rank):
     inputs = ImageShape(2, 3, 4, 5, rank).inputs()
     del inputs["dy"]
     tensors = [t.float().requires_grad_() for t in inputs.values()]
-    torch.library.opcheck(torch.ops.vmamba.ss2d_scan, (*tensors, "cross2d", "torch"))
+    torch.library.opcheck(torch.ops.vmamba.ss2d_scan, (*tensors, "cross2d", "torch", True))
 
 
 def test_compiles_whole():
@@ -166,7 +187,367 @@ def test_mistakes_are_named():
     del inputs["dy"]
     with pytest.raises(ValueError, match="cross2d, unidi, bidi"):
         ss2d_scan(**inputs, pattern="cascade")
-    with pytest.raises(BackendError, match="no Triton path"):
-        ss2d_scan(**inputs, backend="triton")
     with pytest.raises(ValueError, match=r"projected is .* it must be \(2, 3, 5, 16\)"):
         ss2d_scan(**inputs | {"projected": inputs["projected"][..., 1:]})
+    with pytest.raises(BackendError, match="computes in float32 and x is float64"):
+        ss2d_scan(**{n: t.to(DEVICE) for n, t in inputs.items()}, backend="triton")
+
+
+def test_triton_asks_for_a_gpu_or_the_interpreter(monkeypatch):
+    monkeypatch.setattr(backend, "interpreted", lambda: False)
+    inputs = IMAGE_SHAPES[1].inputs()
+    del inputs["dy"]
+    with pytest.raises(BackendError, match="need a CUDA device"):
+        ss2d_scan(**{n: t.float() for n, t in inputs.items()}, backend="triton")
+
+
+# The Triton kernels.
+
+ON_TRITON = partial(ss2d_scan, backend="triton")
+SMALL = Plan(span=4, steps=2, ends=16, output=16, gradients=16)
+CUT = ImageShape(2, 3, 5, 20, 3)  # 4 segments of 4 steps, the last of 3; 2 blocks of channels, the last of 4
+MINI = ImageShape(2, 3, 4, 6, 2)  # 3 segments of 4 steps
+
+
+@pytest.fixture
+def cut(monkeypatch) -> Callable[[Plan], None]:
+    """Return what makes a plan the plan of every shape."""
+
+    def use(plan: Plan) -> None:
+        monkeypatch.setattr(tiles, "default_plan", lambda *_: plan)
+
+    return use
+
+
+def tensors(shape: ImageShape, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """Return a shape's inputs and dy on the device, in the precisions a model has them in."""
+    return {n: t.to(DEVICE, dtype if n in CAST else torch.float32) for n, t in shape.inputs().items()}
+
+
+def outcome(inputs: dict[str, Tensor], scan: Callable[..., Tensor] = ON_TRITON) -> dict[str, Tensor]:
+    """Return y and every gradient, each in its own dtype."""
+    leaves = {n: t.detach().requires_grad_() for n, t in inputs.items() if n != "dy"}
+    y = scan(**leaves)
+    gradients = torch.autograd.grad(y, list(leaves.values()), inputs["dy"].to(y.dtype))
+    return {"y": y.detach(), **dict(zip(leaves, gradients, strict=True))}
+
+
+def errors(
+    inputs: dict[str, Tensor],
+    pattern: str = "cross2d",
+    definition: Callable[..., Tensor] = ss2d_scan_reference,
+):
+    """Return by name the relative RMS difference from the float64 definition."""
+    expected = outcome({n: t.double() for n, t in inputs.items()}, partial(definition, pattern=pattern))
+    found = outcome(inputs, partial(ss2d_scan, pattern=pattern, backend="triton"))
+    assert {n: t.dtype for n, t in found.items()} == {n: inputs["x" if n == "y" else n].dtype for n in found}
+    return {n: relative_rms(t, expected[n]) for n, t in found.items()}
+
+
+def above(found: dict[str, float], tolerance: float) -> dict[str, float]:
+    return {name: error for name, error in found.items() if not error <= tolerance}
+
+
+KERNEL_CASES = [
+    (CUT, "cross2d", SMALL),
+    (CUT, "unidi", SMALL),
+    (CUT, "bidi", SMALL),
+    (CUT, "cross2d", Plan(span=8, steps=4, ends=32, output=16, gradients=16)),
+    (ImageShape(5, 3, 5, 7, 2), "unidi", Plan(span=4, steps=4, ends=16, output=32, gradients=16)),  # 20 rows
+    (ImageShape(1, 3, 5, 20, 2), "bidi", Plan(span=3, steps=1, ends=16, output=16, gradients=32)),
+    (ImageShape(2, 3, 5, 20, 2), "cross2d", Plan(span=15, steps=1)),  # one segment, exactly filled
+    (ImageShape(2, 3, 5, 20, 2), "cross2d", Plan(span=16, steps=4, ends=16, output=16, gradients=16)),
+    (ImageShape(4, 2, 8, 33, 2), "cross2d", Plan(span=4, steps=4)),  # 16 rows: no tile is in part
+    (ImageShape(1, 4, 3, 20, 4, 2), "cross2d", SMALL),
+    (ImageShape(1, 3, 4, 9, 1, 2), "bidi", SMALL),
+    (ImageShape(1, 3, 2, 5, 17, 16), "cross2d", Plan(span=2, steps=2, ends=16, output=16, gradients=16)),
+    (ImageShape(2, 1, 1, 8, 1), "cross2d", SMALL),
+    (ImageShape(2, 1, 1, 8, 2, 16), "unidi", SMALL),
+    (ImageShape(1, 1, 13, 5, 2), "cross2d", SMALL),
+    (ImageShape(1, 13, 1, 5, 2), "bidi", SMALL),
+    (ImageShape(0, 6, 6, 4, 2), "cross2d", SMALL),
+]
+
+
+@pytest.mark.parametrize(("shape", "pattern", "plan"), KERNEL_CASES, ids=str)
+def test_triton_is_the_permuted_reference(shape, pattern, plan, cut):
+    cut(plan)
+    found = errors(tensors(shape), pattern)
+    assert above(found, TOLERANCE[torch.float32]) == {}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shape"),
+    [
+        (torch.bfloat16, CUT),
+        (torch.bfloat16, ImageShape(1, 3, 5, 9, 4, 2)),
+        (torch.float16, ImageShape(2, 3, 5, 9, 4)),
+    ],
+    ids=str,
+)
+def test_triton_in_half_precision_errs_by_its_rounding(dtype, shape, cut):
+    """The interpreter cuts bits off where a GPU rounds to bfloat16: an error of half a unit, always towards zero."""
+    cut(SMALL)
+    tolerance = 8e-3 if dtype == torch.bfloat16 and not GPU else TOLERANCE[dtype]
+    assert above(errors(tensors(shape, dtype)), tolerance) == {}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_segments_pass_their_state_on(dtype, cut, monkeypatch):
+    """Holds both carries: a state dropped between two segments changes y, an adjoint state dropped changes dx."""
+    cut(SMALL)
+    inputs = tensors(MINI, dtype)
+    whole, linked = outcome(inputs), fused._Problem.starts
+    for dropped in (False, True):
+
+        def forgetful(self, kernel, walked, reverse, dropped=dropped):
+            starts = linked(self, kernel, walked, reverse)
+            return torch.zeros_like(starts) if reverse == dropped else starts
+
+        monkeypatch.setattr(fused._Problem, "starts", forgetful)
+        broken = outcome(inputs)
+        changed = {n for n in whole if relative_rms(broken[n], whole[n]) > 1e-3}
+        assert changed >= ({"x", "projected", "dt_weight", "dt_bias", "A"} if dropped else {"y"})
+        assert ("y" in changed) != dropped
+
+
+def test_no_memory_is_read_before_it_is_written(cut, monkeypatch):
+    """Everything that is allocated starts as NaN."""
+    cut(SMALL)
+    cases = [tensors(MINI, torch.bfloat16), tensors(ImageShape(1, 2, 3, 5, 3, 2))]
+    plain = [outcome(inputs) for inputs in cases]
+
+    def poisoned(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def allocate_nan(*args, **kwargs):
+            t = allocate(*args, **kwargs)
+            return t.fill_(torch.nan) if t.is_floating_point() else t
+
+        return allocate_nan
+
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
+    assert torch.empty(1).isnan()
+    assert torch.ones(1).new_empty((2, 3)).isnan().all()
+    for inputs, expected in zip(cases, plain, strict=True):
+        assert worst(outcome(inputs), expected) == 0
+
+
+def test_triton_gives_the_same_bits_twice(cut):
+    cut(SMALL)
+    inputs = tensors(MINI, torch.bfloat16)
+    assert worst(outcome(inputs), outcome(inputs)) == 0
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [(ImageShape(4, 4, 4, 6, 2), torch.bfloat16), (ImageShape(2, 3, 3, 6, 3), torch.float32)],
+    ids=str,
+)
+def test_a_batch_does_not_change_an_image(shape, dtype, cut):
+    """The first batch fills its rows exactly and is compiled without masks, its images alone are not."""
+    cut(SMALL)
+    inputs = tensors(shape, dtype)
+    together = outcome(inputs)
+    alone = outcome(inputs | {n: inputs[n][-1:] for n in ("x", "projected", "dy")})
+    for name in ("y", "x", "projected"):
+        assert torch.equal(alone[name][0], together[name][-1]), name
+
+
+def test_triton_takes_inputs_of_any_layout(cut):
+    cut(SMALL)
+    inputs = tensors(MINI)
+    strided = {n: t.transpose(0, -1).contiguous().transpose(0, -1) for n, t in inputs.items()}
+    assert not any(strided[n].is_contiguous() for n in ("x", "projected", "dt_weight", "dy"))
+    assert worst(outcome(strided), outcome(inputs)) == 0
+
+
+def test_triton_skips_the_unused_columns_of_a_projection(cut):
+    """The models pad a direction to a multiple of 8 columns; what finite value lies in them has no say."""
+    cut(SMALL)
+    inputs = tensors(MINI, torch.bfloat16)
+    plain = outcome(inputs)
+    padded = inputs | {
+        "projected": torch.nn.functional.pad(
+            inputs["projected"].unflatten(-1, (4, -1)), (0, 4), value=100.0
+        ).flatten(-2)
+    }
+    found = outcome(padded)
+    gradient = found["projected"].unflatten(-1, (4, -1))
+    assert torch.equal(gradient[..., 4:], torch.zeros_like(gradient[..., 4:]))
+    assert worst(found | {"projected": gradient[..., :4].flatten(-2)}, plain) == 0
+
+
+def test_wide_offsets_change_no_bit(cut, monkeypatch):
+    cut(SMALL)
+    inputs = tensors(MINI)
+    narrow = outcome(inputs)
+    build = fused._Problem.__init__
+
+    def wide(self, *args):
+        build(self, *args)
+        assert self.constants["WIDE"] is False
+        self.constants["WIDE"] = True
+
+    monkeypatch.setattr(fused._Problem, "__init__", wide)
+    assert worst(outcome(inputs), narrow) == 0
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.parametrize("save", [True, False])
+def test_op_keeps_the_contract_of_torch_on_triton(save, cut):
+    """Without saved states there is no adjoint to check."""
+    cut(SMALL)
+    inputs = tensors(ImageShape(1, 2, 3, 4, 2))
+    del inputs["dy"]
+    leaves = [t.requires_grad_(save) for t in inputs.values()]
+    torch.library.opcheck(torch.ops.vmamba.ss2d_scan, (*leaves, "cross2d", "triton", save))
+
+
+def test_triton_compiles_whole(cut):
+    cut(SMALL)
+    inputs = tensors(ImageShape(2, 3, 5, 4, 2))
+    scan = partial(ss2d_scan, backend="triton")
+    compiled = torch.compile(lambda **kw: scan(**kw).sin(), fullgraph=True, backend="aot_eager")
+    assert worst(outcome(inputs, compiled), outcome(inputs, lambda **kw: scan(**kw).sin())) == 0
+
+
+@pytest.fixture
+def launches(monkeypatch) -> list[tuple[Tensor, Tensor]]:
+    """Return the list of what each forward from here on returned: y and the states it saved."""
+    returned = []
+    forward = fused.forward
+
+    def noted(*args):
+        returned.append(forward(*args))
+        return returned[-1]
+
+    monkeypatch.setattr(fused, "forward", noted)
+    return returned
+
+
+SAVING = partial(create_selective_checkpoint_contexts, [torch.ops.vmamba.ss2d_scan.default])
+
+
+@pytest.mark.parametrize(
+    ("options", "forwards"),
+    [
+        ({"use_reentrant": True}, 2),
+        ({"use_reentrant": False}, 2),
+        ({"use_reentrant": False, "context_fn": SAVING}, 1),
+    ],
+    ids=["reentrant", "not reentrant", "selective"],
+)
+def test_checkpointing_triton_changes_no_bit(options, forwards, cut, launches):
+    """Selective checkpointing keeps the scan: its forward runs once, where full checkpointing runs it again."""
+    cut(SMALL)
+    inputs = tensors(MINI)
+
+    def block(*args):
+        return ss2d_scan(*args, backend="triton").sin()
+
+    plain = with_backward(inputs, lambda **kw: block(*kw.values()))
+    launches.clear()
+    again = with_backward(inputs, lambda **kw: checkpoint(block, *kw.values(), **options))
+    assert len(launches) == forwards
+    assert worst(again, plain) == 0
+
+
+def with_backward(inputs: dict[str, Tensor], scan: Callable[..., Tensor]) -> dict[str, Tensor]:
+    """As outcome, by backward(): reentrant checkpointing knows no other way."""
+    leaves = {n: t.detach().requires_grad_() for n, t in inputs.items() if n != "dy"}
+    y = scan(**leaves)
+    y.backward(inputs["dy"])
+    return {"y": y.detach(), **{n: t.grad for n, t in leaves.items() if t.grad is not None}}
+
+
+def test_inference_saves_nothing(cut, launches):
+    cut(SMALL)
+    inputs = tensors(MINI)
+    trained = outcome(inputs)
+    del inputs["dy"]
+    y = ss2d_scan(**inputs, backend="triton")
+    with torch.no_grad():
+        ss2d_scan(**{n: t.requires_grad_() for n, t in inputs.items()}, backend="triton")
+    assert [saved.numel() > 0 for _, saved in launches] == [True, False, False]
+    assert torch.equal(y, trained["y"])
+
+
+def test_segments_and_tiles_of_directions_that_mirror_each_other_share_tokens():
+    """A program adds both senses of an axis in place: in each of its tiles it must meet the same tokens."""
+    for pattern in PATTERNS:
+        table, count = tiles.walk_table(pattern, 5, 9, 8, torch.device("cpu"))
+        order = scan_order(pattern, 5, 9)
+        assert count == 6
+        assert table.shape == (4, 48)
+        for k in range(4):
+            assert torch.equal(table[k][table[k] >= 0], order[k].int())
+        if tiles.mirrored(pattern):
+            assert torch.equal(table[2:], table[:2].flip(1))
+
+
+@pytest.mark.parametrize("case", ["ss2d_v05_noz", "ss2d_v05_bidi"])
+def test_a_module_on_triton_equals_the_official_one(case, cut):
+    """The vectors of tests/unit/test_models_golden.py, that file's law and tolerance."""
+    cut(Plan(span=20, steps=4, ends=64, output=64, gradients=64))
+    stored = load_file(GOLDEN / "modules.safetensors")
+    if case == "ss2d_v05_noz":
+        module = SS2D(32, scan_backend="triton")
+    else:
+        module = SS2D(32, ssm_ratio=2.0, scan_pattern="bidi", scan_backend="triton")
+    official = {n: stored[f"{case}.grad.{n}"] for n, _ in module.named_parameters()}
+    with torch.no_grad():
+        for name, p in module.named_parameters():
+            p.copy_(parameter(f"{case}.{name}", tuple(official[name].shape)).view(p.shape))
+    module.to(DEVICE)
+    x = golden_tensor(f"{case}.x", (2, 32, 6, 10)).float().to(DEVICE).requires_grad_()
+    y = module(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+    y.backward(golden_tensor(f"{case}.dy", tuple(y.shape)).to(y))
+    found = {
+        "y": relative_max(y.cpu(), stored[f"{case}.y"]),
+        "x": relative_max(x.grad.cpu(), stored[f"{case}.grad.x"]),
+    }
+    for name, p in module.named_parameters():
+        found[name] = relative_max(p.grad.cpu().view(official[name].shape), official[name])
+    assert above(found, 1e-4) == {}
+
+
+# On a GPU.
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("state", [1, 2, 16])
+@pytest.mark.parametrize(
+    "size",
+    [(1, 1), (1, 2), (3, 5), (7, 7), (14, 14), (28, 28), (56, 56), (1, 3137)],
+    ids="{0[0]}x{0[1]}".format,
+)
+def test_native_kernels_are_the_definition_at_every_length(size, state, dtype):
+    """Against the PyTorch path in float64, which is the reference to 1e-12 and does not walk step by step."""
+    shape = ImageShape(2, *size, 40, 6 if state == 1 else 3, state)
+    found = errors(tensors(shape, dtype), definition=partial(ss2d_scan, backend="torch"))
+    assert above(found, TOLERANCE[dtype]) == {}
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+def test_more_than_2_31_elements():
+    """The last image of a batch whose offsets pass 2**31 has the bits that it has alone."""
+    height, channels, rank = 56, 96, 6
+    batch = 2**31 // (height * height * channels) + 2
+    if torch.cuda.mem_get_info()[0] < 64 * 2**30:
+        pytest.skip("needs 64 GiB of GPU memory")
+    small = tensors(ImageShape(1, height, height, channels, rank), torch.bfloat16)
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    inputs = dict(small)
+    for name in ("x", "projected", "dy"):
+        size = (batch, height, height, small[name].shape[-1])
+        inputs[name] = torch.empty(size, dtype=torch.bfloat16, device=DEVICE).uniform_(
+            -1, 1, generator=generator
+        )
+    assert inputs["x"].numel() >= 2**31
+    together = outcome(inputs)
+    for i in (0, batch - 1):
+        alone = outcome(inputs | {n: inputs[n][i : i + 1].clone() for n in ("x", "projected", "dy")})
+        for name in ("y", "x", "projected"):
+            assert torch.equal(alone[name][0], together[name][i]), (name, i)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vmamba_dist.models.variants import dt_rank
-from vmamba_kernels import selective_scan, ss2d_scan
+from vmamba_kernels import resolve_backend, selective_scan, ss2d_scan
 
 K = 4
 LN_EPS = 1e-5
@@ -86,6 +86,8 @@ class SS2D(nn.Module):
             raise ValueError(f"scan_pattern={scan_pattern!r}: use one of {', '.join(get_args(ScanPattern))}")
         if scan_backend not in get_args(ScanBackend):
             raise ValueError(f"scan_backend={scan_backend!r}: use one of {', '.join(get_args(ScanBackend))}")
+        if scan_backend == "triton":
+            resolve_backend(scan_backend, "cuda" if torch.cuda.is_available() else "cpu")
         self.inner = int(ssm_ratio * dim)
         self.d_state = d_state
         self.dt_rank = dt_rank(dim)
@@ -123,8 +125,16 @@ class SS2D(nn.Module):
         a_log, skip, bias = map(_at_least_float32, (self.A_logs, self.Ds, self.dt_projs_bias))
         return bias, -torch.exp(a_log), skip
 
+    def _aligned_x_proj(self, device: torch.device) -> Tensor:
+        """The projection's weight; for the kernels with rows of zeros, so that each direction begins at 16 bytes."""
+        width = self.dt_rank + 2 * self.d_state
+        if width % 8 == 0 or resolve_backend(self.scan_backend, device) == "torch":
+            return self.x_proj_weight
+        weight = self.x_proj_weight.view(K, width, self.inner)
+        return F.pad(weight, (0, 0, 0, -width % 8)).flatten(0, 1)
+
     def _scan(self, u_BHWD: Tensor) -> Tensor:
-        projected = F.linear(u_BHWD, self.x_proj_weight)
+        projected = F.linear(u_BHWD, self._aligned_x_proj(u_BHWD.device))
         with torch.autocast(u_BHWD.device.type, enabled=False):
             bias, a, skip = self._recurrence()
             dt_weight = self.dt_projs_weight.to(u_BHWD.dtype).view(K, self.inner, self.dt_rank)

@@ -3,6 +3,7 @@
 The op is functional and chooses its implementation here, once. It returns y and what its adjoint needs.
 """
 
+import importlib.util
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -11,10 +12,13 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from vmamba_kernels.backend import resolve_backend
+from vmamba_kernels.backend import BackendError, resolve_backend
 from vmamba_kernels.scan.op import scan_flops
 from vmamba_kernels.ss2d import fast
 from vmamba_kernels.ss2d.order import PATTERNS
+
+if importlib.util.find_spec("triton") is not None:
+    from vmamba_kernels.ss2d import fused
 
 
 def ss2d_scan(
@@ -30,14 +34,32 @@ def ss2d_scan(
 ) -> Tensor:
     """Scan x (B, H, W, C) in four directions and add the outputs -> (B, H, W, C) in x's dtype.
 
-    projected (B, H, W, 4*(R+2N)) holds [dt R | B N | C N] of each direction for the un-permuted tokens;
-    dt_weight is (4, C, R), dt_bias (4, C), A (4*C, N) negative, D (4*C). The state is float32 at least.
+    projected (B, H, W, 4*P), P >= R+2N, holds [dt R | B N | C N | filling] of each direction for the un-permuted
+    tokens; the filling must be finite, and a P that is a multiple of 8 is read fastest. dt_weight is (4, C, R),
+    dt_bias (4, C), A (4*C, N) negative, D (4*C). The state is float32 at least.
     Raises ValueError for shapes or a pattern that do not fit, BackendError for a backend that cannot run here.
     """
     _check(x, projected, dt_weight, dt_bias, A, D, pattern)
+    chosen = _implementation(backend, x)
+    width = dt_weight.shape[2] + 2 * A.shape[1]
+    if chosen == "torch" and projected.shape[-1] != 4 * width:
+        projected = projected.reshape(*x.shape[:3], 4, -1)[..., :width].flatten(3)
+    inputs = (x, projected, dt_weight, dt_bias, A, D)
+    # Inference keeps no states. A scan that a checkpoint runs without gradients is run again with them.
+    save = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
     y: Tensor
-    y, _ = _ss2d_scan(x, projected, dt_weight, dt_bias, A, D, pattern, resolve_backend(backend, x.device))
+    y, _ = _ss2d_scan(*inputs, pattern, chosen, save)
     return y
+
+
+def _implementation(backend: str, x: Tensor) -> str:
+    """The kernels compute in float32: what is wider stays on the PyTorch path unless Triton is asked for by name."""
+    chosen = resolve_backend(backend, x.device)
+    if chosen == "triton" and x.dtype == torch.float64:
+        if backend == "triton":
+            raise BackendError("backend='triton' computes in float32 and x is float64; use backend='torch'")
+        return "torch"
+    return chosen
 
 
 def _check(
@@ -53,7 +75,7 @@ def _check(
     batch, height, width, channels = x.shape
     rank, state = dt_weight.shape[2], A.shape[1]
     wanted = {
-        "projected": (projected, (batch, height, width, 4 * (rank + 2 * state))),
+        "projected": (projected, (batch, height, width, max(projected.shape[-1] // 4, rank + 2 * state) * 4)),
         "dt_weight": (dt_weight, (4, channels, rank)),
         "dt_bias": (dt_bias, (4, channels)),
         "A": (A, (4 * channels, state)),
@@ -77,8 +99,10 @@ def _ss2d_scan(
     D: Tensor,
     pattern: str,
     backend: str,
+    save: bool,
 ) -> tuple[Tensor, Tensor]:
-    assert backend == "torch", backend
+    if backend == "triton":
+        return fused.forward(x, projected, dt_weight, dt_bias, A, D, pattern, save)
     return fast.forward(x, projected, dt_weight, dt_bias, A, D, pattern)
 
 
@@ -92,7 +116,10 @@ def _(
     D: Tensor,
     pattern: str,
     backend: str,
+    save: bool,
 ) -> tuple[Tensor, Tensor]:
+    if backend == "triton":
+        return x.new_empty(x.shape), x.new_empty(fused.saved_shape(x, A) if save else (0,))
     return x.new_empty(x.shape), fast.empty_saved(x, A)
 
 
@@ -109,7 +136,8 @@ def _ss2d_scan_backward(
     pattern: str,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    assert backend == "torch", backend
+    if backend == "triton":
+        return fused.backward(grad_y, saved, x, projected, dt_weight, dt_bias, A, D, pattern)
     return fast.backward(grad_y, saved, x, projected, dt_weight, dt_bias, A, D, pattern)
 
 
@@ -131,14 +159,14 @@ def _(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.pattern, ctx.backend = inputs
+    *tensors, ctx.pattern, ctx.backend, _save = inputs
     ctx.save_for_backward(output[1], *tensors)
     ctx.mark_non_differentiable(output[1])
 
 
 def _backward(ctx: Any, grad_y: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     saved, *tensors = ctx.saved_tensors
-    return (*_ss2d_scan_backward(grad_y, saved, *tensors, ctx.pattern, ctx.backend), None, None)
+    return (*_ss2d_scan_backward(grad_y, saved, *tensors, ctx.pattern, ctx.backend), None, None, None)
 
 
 _ss2d_scan.register_autograd(_backward, setup_context=_setup)

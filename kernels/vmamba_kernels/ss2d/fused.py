@@ -1,0 +1,186 @@
+"""The host's side of the fused scan: memory, launches and the last sums of the Triton kernels.
+
+No tensor of size (B, 4 C, L) exists: beside inputs and outputs there are the states between segments and tiles, and
+partial sums of the parameters' gradients.
+"""
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from vmamba_kernels.backend import interpreted
+from vmamba_kernels.ss2d.tiles import ROWS, Plan, mirrored, plan_for, walk_table
+from vmamba_kernels.ss2d.triton_bwd import ss2d_adjoint_ends, ss2d_gradients
+from vmamba_kernels.ss2d.triton_fwd import ss2d_carry, ss2d_ends, ss2d_output
+
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+_CARRY_CHANNELS = 64
+
+
+def _power_of_two(n: int) -> int:
+    return max(16, int(triton.next_power_of_2(n)))
+
+
+def saved_shape(x: Tensor, A: Tensor) -> tuple[int, ...]:
+    """Return the shape of the states before each tile, (4, B * S, tiles a segment, N, C), in x's dtype."""
+    batch, height, width, channels = x.shape
+    plan = plan_for(x, A.shape[1])
+    count = -(-int(height) * int(width) // plan.span)
+    return (4, batch * count, plan.span // plan.steps, A.shape[1], channels)
+
+
+class _Problem:
+    """One call's sizes, inputs laid out as the kernels read them, and the constants they are compiled for."""
+
+    def __init__(
+        self,
+        x: Tensor,
+        projected: Tensor,
+        dt_weight: Tensor,
+        dt_bias: Tensor,
+        A: Tensor,
+        D: Tensor,
+        pattern: str,
+    ) -> None:
+        self.batch, self.height, self.width, self.channels = x.shape
+        self.length = self.height * self.width
+        self.rank, self.state = dt_weight.shape[2], A.shape[1]
+        self.pitch = projected.shape[3] // 4
+        self.plan: Plan = plan_for(x, self.state)
+        self.order, self.count = walk_table(pattern, self.height, self.width, self.plan.span, x.device)
+        self.rows = self.batch * self.count
+        self.groups = -(-self.rows // ROWS)
+        self.x = x.contiguous()
+        self.projected = projected.to(x.dtype).contiguous()
+        self.weight = dt_weight.to(x.dtype).contiguous()
+        self.bias, self.A = dt_bias.float().contiguous(), A.float().contiguous()
+        self.skip = D.float().view(4, self.channels).sum(0)
+        # One addition a state would round 16-bit numbers again and again.
+        self.partial_dtype = x.dtype if self.state == 1 else torch.float32
+        exact = x.dtype == torch.float32
+        self.constants: dict[str, Any] = {
+            "C": self.channels,
+            "R": self.rank,
+            "N": self.state,
+            "PITCH": self.pitch,
+            "RP": _power_of_two(self.rank),
+            "SPAN": self.plan.span,
+            "STEPS": self.plan.steps,
+            "MIRROR": mirrored(pattern),
+            "FULL": self.length % self.plan.span == 0 and self.rows % ROWS == 0,
+            "WIDE": max(x.numel(), projected.numel()) >= 2**31,
+            "EXACT": exact,
+            "INTERPRET": interpreted(),
+            "PAIRED": self.state == 1
+            and self.rank % 2 == self.pitch % 2 == 0
+            and x.element_size() == 2
+            and not interpreted(),
+            "PRECISION": "ieee" if exact else "tf32",
+            "STAGES": self.plan.stages,
+            "num_stages": self.plan.stages,
+        }
+        self.carry_constants = {
+            "C": self.channels,
+            "N": self.state,
+            "CHANNELS": _CARRY_CHANNELS,
+            "INTERPRET": interpreted(),
+            "STAGES": 4,
+            "num_warps": 2,
+        }
+        self.inputs = (self.projected, self.weight, self.bias, self.A)
+        self.sizes = (self.length, self.count, self.rows)
+
+    def grid(self, channels: int) -> int:
+        return self.groups * -(-self.channels // channels)
+
+    def new(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=self.x.device)
+
+    def starts(self, kernel: Any, walked: Tensor, reverse: bool) -> Tensor | None:
+        """Walk every segment from zero and link them; None where a segment is a whole sequence and starts at zero."""
+        if self.count == 1:
+            return None
+        plan = self.plan
+        starts = self.new(4, self.rows, self.state, self.channels)
+        sums = self.new(4, self.rows, self.channels)
+        kernel[(self.grid(plan.ends), 4)](
+            walked, *self.inputs, self.order, starts, sums, *self.sizes,
+            **self.constants, CHANNELS=plan.ends, num_warps=plan.ends_warps,
+        )  # fmt: skip
+        blocks = -(-self.channels // _CARRY_CHANNELS)
+        ss2d_carry[(self.batch * blocks, 4, self.state)](
+            starts, sums, self.A, self.count, self.rows, REVERSE=reverse, **self.carry_constants
+        )
+        return starts
+
+
+def forward(
+    x: Tensor,
+    projected: Tensor,
+    dt_weight: Tensor,
+    dt_bias: Tensor,
+    A: Tensor,
+    D: Tensor,
+    pattern: str,
+    save: bool,
+) -> tuple[Tensor, Tensor]:
+    """Return y (B, H, W, C) in x's dtype and, where asked to save, the states that the backward begins with."""
+    saved = x.new_empty(saved_shape(x, A) if save else (0,))
+    if x.numel() == 0:
+        return x.new_empty(x.shape), saved
+    p = _Problem(x, projected, dt_weight, dt_bias, A, D, pattern)
+    starts = p.starts(ss2d_ends, p.x, reverse=False)
+    total, y = p.new(*x.shape), p.new(*x.shape, dtype=x.dtype)
+    for axis in range(2):
+        ss2d_output[(p.grid(p.plan.output),)](
+            p.x, *p.inputs, p.skip, p.order, p.x if starts is None else starts, saved, total, y, *p.sizes, axis,
+            **p.constants, CHANNELS=p.plan.output, CARRIED=starts is not None, SAVE=save, FIRST=axis == 0,
+            num_warps=p.plan.output_warps,
+        )  # fmt: skip
+    return y, saved
+
+
+def backward(
+    grad_y: Tensor,
+    saved: Tensor,
+    x: Tensor,
+    projected: Tensor,
+    dt_weight: Tensor,
+    dt_bias: Tensor,
+    A: Tensor,
+    D: Tensor,
+    pattern: str,
+) -> Gradients:
+    """Return the gradients of x, projected, dt_weight, dt_bias, A and D, each in its tensor's dtype."""
+    inputs = (x, projected, dt_weight, dt_bias, A, D)
+    if x.numel() == 0:
+        d = [torch.zeros_like(t) for t in inputs]
+        return d[0], d[1], d[2], d[3], d[4], d[5]
+    p = _Problem(*inputs, pattern)
+    g = grad_y.to(x.dtype).contiguous()
+    starts = p.starts(ss2d_adjoint_ends, g, reverse=True)
+    blocks = -(-p.channels // p.plan.gradients)
+    total, dx = p.new(*x.shape), p.new(*x.shape, dtype=x.dtype)
+    dp = p.new(blocks, *projected.shape, dtype=p.partial_dtype)
+    d_weight = p.new(p.groups, 4, p.channels, p.rank)
+    d_bias = p.new(p.groups, 4, p.channels)
+    d_A = p.new(p.groups, 4, p.channels, p.state)
+    d_D = p.new(p.groups, p.channels)
+    for axis in range(2):
+        ss2d_gradients[(p.grid(p.plan.gradients),)](
+            g, p.x, *p.inputs, p.skip, p.order, g if starts is None else starts, saved,
+            total, dx, dp, d_weight, d_bias, d_A, d_D, *p.sizes, axis,
+            **p.constants, PP=_power_of_two(p.pitch), CHANNELS=p.plan.gradients, CARRIED=starts is not None,
+            FIRST=axis == 0, num_warps=p.plan.gradients_warps,
+        )  # fmt: skip
+    d_projected = dp[0] if blocks == 1 else dp.sum(0, dtype=torch.float32)
+    return (
+        dx,
+        d_projected.to(projected.dtype),
+        d_weight.sum(0).to(dt_weight.dtype),
+        d_bias.sum(0).to(dt_bias.dtype),
+        d_A.sum(0).view(A.shape).to(A.dtype),
+        d_D.sum(0).repeat(4).to(D.dtype),
+    )

@@ -1,0 +1,128 @@
+"""Every configuration the fused scan is compiled for ahead of time: the table's rows, and the default plans' shapes.
+
+What a launch would pass is written here a second time, so that a kernel can be compiled, and its registers counted,
+without a GPU; a test holds the two equal.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import triton
+
+from vmamba_kernels.ss2d import tiles
+from vmamba_kernels.ss2d.fused import _CARRY_CHANNELS
+from vmamba_kernels.ss2d.tiles import ROWS, Plan
+from vmamba_kernels.ss2d.triton_bwd import ss2d_adjoint_ends, ss2d_gradients
+from vmamba_kernels.ss2d.triton_fwd import ss2d_carry, ss2d_ends, ss2d_output
+
+Configuration = tuple[str, Any, dict[str, str], dict[str, Any], int]
+# Channels, dt rank and length of VMamba-T's stages at 224 pixels.
+STAGES = ((96, 6, 3136), (192, 12, 784), (384, 24, 196), (768, 48, 49))
+FLOAT32 = ("p_bias", "p_A", "p_D", "p_ends", "p_sums", "p_sum", "p_dw", "p_dbias", "p_dA", "p_dD")
+PARTIAL = ("p_dp",)  # float32 where N > 1
+BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
+
+
+def pinned() -> list[Configuration]:
+    """Return name, kernel, types by argument, constants and warps of each configuration, none twice.
+
+    An integer argument that is 1 at run time is a constant, as Triton makes it one. A table's row is named by its
+    device generation.
+    """
+    found: dict[str, Configuration] = {}
+    for configuration in _all():
+        name, kernel, types, constants, warps = configuration
+        same = f"{name.split()[0]} {kernel.__name__} {types} {constants} {warps}"
+        found.setdefault(same, configuration)
+    return list(found.values())
+
+
+def _all() -> Iterator[Configuration]:
+    for channels, rank, length in STAGES:
+        yield from configurations("", channels, rank, length, 1, "bf16", tiles.default_plan(length, 2))
+    yield from configurations("", 96, 6, 3136, 1, "fp32", tiles.default_plan(3136, 4))
+    yield from configurations("", 192, 6, 3136, 16, "bf16", tiles.default_plan(3136, 2))
+    for key, plan in tiles.pinned_plans().items():
+        # VMamba's dt rank is a sixteenth of a block's width, which v0 (N > 1) expands to twice as many channels.
+        rank = -(-key.channels // (16 if key.state == 1 else 32))
+        dtype = "bf16" if key.bytes == 2 else "fp32"
+        yield from configurations(
+            f"{key.generation} ", key.channels, rank, key.length, key.state, dtype, plan
+        )
+
+
+def configurations(
+    prefix: str, channels: int, rank: int, length: int, state: int, dtype: str, plan: Plan
+) -> Iterator[Configuration]:
+    """Yield each kernel of one shape, in training and in inference, for batches that fill the last tile and do not."""
+    count = -(-length // plan.span)
+    pitch = -(-(rank + 2 * state) // 8) * 8  # as the models pad a direction's projection
+    fills = ([True] if length % plan.span == 0 else []) + (
+        [False] if length % plan.span or count % ROWS else []
+    )
+    exact = dtype == "fp32"
+    shape = f"{prefix}{dtype} C{channels} R{rank} N{state} L{length}"
+    for full in fills:
+        common: dict[str, Any] = {
+            "C": channels,
+            "R": rank,
+            "N": state,
+            "RP": _power_of_two(rank),
+            "PITCH": pitch,
+            "PP": _power_of_two(pitch),
+            "SPAN": plan.span,
+            "STEPS": plan.steps,
+            "MIRROR": True,
+            "FULL": full,
+            "WIDE": False,
+            "EXACT": exact,
+            "INTERPRET": False,
+            "PRECISION": "ieee" if exact else "tf32",
+            "STAGES": plan.stages,
+            "CARRIED": count > 1,
+            "PAIRED": state == 1 and rank % 2 == 0 and BYTES[dtype] == 2,
+        } | ({"S": 1} if count == 1 else {})
+        tail = "full" if full else "part"
+        if count > 1:
+            ends = common | {"CHANNELS": plan.ends}
+            yield _one(f"{shape} {tail}", ss2d_ends, dtype, ends, plan.ends_warps)
+            yield _one(f"{shape} {tail}", ss2d_adjoint_ends, dtype, ends, plan.ends_warps)
+        for first in (True, False):
+            axis = {"FIRST": first} | ({} if first else {"axis": 1})
+            name = f"{shape} {tail} {'first' if first else 'second'}"
+            output = common | axis | {"CHANNELS": plan.output}
+            for save in (True, False):
+                case = f"{name} {'training' if save else 'inference'}"
+                yield _one(case, ss2d_output, dtype, output | {"SAVE": save}, plan.output_warps)
+            gradients = common | axis | {"CHANNELS": plan.gradients}
+            yield _one(name, ss2d_gradients, dtype, gradients, plan.gradients_warps)
+    if count > 1:
+        carry = {"C": channels, "N": state, "CHANNELS": _CARRY_CHANNELS, "INTERPRET": False, "STAGES": 4}
+        for reverse in (False, True):
+            name = f"{shape} {'reverse' if reverse else 'forward'}"
+            yield _one(name, ss2d_carry, dtype, carry | {"REVERSE": reverse}, 2)
+
+
+def _power_of_two(n: int) -> int:
+    return max(16, int(triton.next_power_of_2(n)))
+
+
+def _one(case: str, kernel: Any, dtype: str, constants: dict[str, Any], warps: int) -> Configuration:
+    names = kernel.arg_names
+    constants = {name: value for name, value in constants.items() if name in names}
+    types = {name: _type(name, dtype, constants) for name in names if name not in constants}
+    return f"{kernel.__name__} {case}", kernel, types, constants, warps
+
+
+def _type(name: str, dtype: str, constants: dict[str, Any]) -> str:
+    if not name.startswith("p_"):
+        return "i32"
+    if name == "p_order":
+        return "*i32"
+    if (
+        name in FLOAT32
+        or (name in PARTIAL and constants["N"] > 1)
+        or (name == "p_starts" and constants["CARRIED"])
+    ):
+        return "*fp32"
+    return f"*{dtype}"

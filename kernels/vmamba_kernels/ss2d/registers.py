@@ -1,0 +1,161 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
+# mypy: disable-error-code="assignment, var-annotated"
+"""Triton functions that the fused scan's kernels share: where a tile lies, its time steps, and moves in registers.
+
+A tile is (STEPS * ROWS, CHANNELS) in the layout of a matrix product's result: row i * ROWS + r is step i of row r, and
+a thread holds all steps of its rows. Each row is a segment of a sequence of its own, so the recurrence needs no
+exchange between threads; splitting a tile by steps renames registers and moves nothing. Exponents are powers of two.
+"""
+
+import triton
+import triton.language as tl
+
+from vmamba_kernels.exponents import LN2, LOG2E, exp2, log2
+
+ROWS = tl.constexpr(16)
+
+
+@triton.jit
+def softplus2(z, EXACT: tl.constexpr, INTERPRET: tl.constexpr):
+    """log2(1 + 2**z): a few ulp when EXACT, else within 6e-8."""
+    e = exp2(-tl.abs(z), not INTERPRET)
+    u = 1.0 + e
+    tail = log2(u, not INTERPRET)
+    if EXACT:
+        # log(u) * e / (u - 1) undoes the rounding of 1 + e.
+        tail = tl.where(u == 1.0, e * LOG2E, tail * (e / (u - 1.0)))
+    return tl.maximum(z, 0.0) + tail
+
+
+@triton.jit
+def projected_rows(p_row, m_t, PITCH: tl.constexpr, RP: tl.constexpr, INTERPRET: tl.constexpr):
+    """Load the first RP of the PITCH columns that a tile's rows have; those behind R meet weights that are zero."""
+    o_r = tl.arange(0, RP)
+    b_dt = tl.load(p_row[:, None] + o_r[None, :], mask=(o_r[None, :] < PITCH) & m_t[:, None], other=0.0)
+    if INTERPRET:
+        b_dt = b_dt.to(tl.float32)
+    return b_dt
+
+
+@triton.jit
+def time_steps(p_row, m_t, b_w, b_bias, PITCH: tl.constexpr, RP: tl.constexpr, FULL: tl.constexpr,
+               EXACT: tl.constexpr, INTERPRET: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """Return z and delta of a tile, both in units of log2."""
+    b_dt = projected_rows(p_row, m_t, PITCH, RP, INTERPRET)
+    b_z = tl.dot(b_dt, b_w, input_precision=PRECISION) * LOG2E + b_bias[None, :]
+    b_d = softplus2(b_z, EXACT, INTERPRET)
+    if not FULL:
+        b_d = tl.where(m_t[:, None], b_d, 0.0)
+    return b_z, b_d
+
+
+@triton.jit
+def input_and_output(p_row, m_t, n, R: tl.constexpr, N: tl.constexpr, PAIRED: tl.constexpr):
+    """Return B * ln(2) and C of state n for each row of a tile; PAIRED reads two 16-bit neighbours as one word."""
+    if PAIRED:
+        both = tl.load((p_row + R).to(tl.pointer_type(tl.int32)), mask=m_t, other=0)
+        if p_row.dtype.element_ty == tl.bfloat16:
+            b_B = (both << 16).to(tl.float32, bitcast=True)
+            b_C = (both & -65536).to(tl.float32, bitcast=True)
+        else:
+            b_B = both.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+            b_C = (both >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    else:
+        b_B = tl.load(p_row + R + n, mask=m_t, other=0.0).to(tl.float32)
+        b_C = tl.load(p_row + R + N + n, mask=m_t, other=0.0).to(tl.float32)
+    return b_B * LN2, b_C
+
+
+@triton.jit
+def weights(
+    p_w, p_bias, k, o_c, m_c, C: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, INTERPRET: tl.constexpr
+):
+    """Return the time-step weights (RP, CHANNELS) of direction k and its bias in units of log2."""
+    o_r = tl.arange(0, RP)
+    p = p_w + (k * C + o_c)[None, :] * R + o_r[:, None]
+    b_w = tl.load(p, mask=(o_r[:, None] < R) & m_c[None, :], other=0.0)
+    if INTERPRET:
+        b_w = b_w.to(tl.float32)
+    return b_w, tl.load(p_bias + k * C + o_c, mask=m_c, other=0.0) * LOG2E
+
+
+@triton.jit
+def place(
+    p_order,
+    k,
+    i_g,
+    j,
+    S,
+    Q,
+    SPAN: tl.constexpr,
+    STEPS: tl.constexpr,
+    MIRROR: tl.constexpr,
+    FULL: tl.constexpr,
+):
+    """Return the image and the token of each row of tile j of rows 16 i_g ... 16 i_g + 15 of direction k, and a mask.
+
+    With MIRROR, directions 2 and 3 take the segments of an image from the last to the first, so that a program meets
+    the same tokens in both senses.
+    """
+    o_m = tl.arange(0, STEPS * ROWS)
+    q = i_g * ROWS + o_m % ROWS
+    image = q // S
+    segment = q - image * S
+    if MIRROR:
+        segment = tl.where(k < 2, segment, S - 1 - segment)
+    o_t = segment * SPAN + j * STEPS + o_m // ROWS
+    if FULL:
+        token = tl.load(p_order + k * (S * SPAN) + o_t)
+        return image, token, token >= -1
+    else:
+        token = tl.load(p_order + k * (S * SPAN) + o_t, mask=q < Q, other=-1)
+        return image, token, token >= 0
+
+
+@triton.jit
+def segments(i_g, k, S, Q, MIRROR: tl.constexpr):
+    """Return for each of 16 rows its index among all segments of direction k, in time, and a mask."""
+    q = i_g * ROWS + tl.arange(0, ROWS)
+    image = q // S
+    segment = q - image * S
+    if MIRROR:
+        segment = tl.where(k < 2, segment, S - 1 - segment)
+    return image * S + segment, q < Q
+
+
+@triton.jit
+def _halves(x, M: tl.constexpr, CHANNELS: tl.constexpr):
+    return tl.split(tl.permute(tl.reshape(x, (2, M // 2, CHANNELS)), (1, 2, 0)))
+
+
+@triton.jit
+def split_steps(x, STEPS: tl.constexpr, CHANNELS: tl.constexpr):
+    """Cut a tile (STEPS * ROWS, CHANNELS) into its steps, a tuple of (ROWS, CHANNELS); STEPS is 1, 2 or 4."""
+    if STEPS == 1:
+        return (x,)
+    else:
+        a, b = _halves(x, STEPS * ROWS, CHANNELS)
+        if STEPS == 2:
+            return (a, b)
+        else:
+            a0, a1 = _halves(a, 2 * ROWS, CHANNELS)
+            b0, b1 = _halves(b, 2 * ROWS, CHANNELS)
+            return (a0, a1, b0, b1)
+
+
+@triton.jit
+def _stack(a, b, M: tl.constexpr, CHANNELS: tl.constexpr):
+    return tl.reshape(tl.permute(tl.join(a, b), (2, 0, 1)), (2 * M, CHANNELS))
+
+
+@triton.jit
+def join_steps(t, STEPS: tl.constexpr, CHANNELS: tl.constexpr):
+    """Undo split_steps."""
+    if STEPS == 1:
+        return t[0]
+    elif STEPS == 2:
+        return _stack(t[0], t[1], ROWS, CHANNELS)
+    else:
+        low = _stack(t[0], t[1], ROWS, CHANNELS)
+        high = _stack(t[2], t[3], ROWS, CHANNELS)
+        return _stack(low, high, 2 * ROWS, CHANNELS)

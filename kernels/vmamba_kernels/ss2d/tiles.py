@@ -1,0 +1,112 @@
+"""How the fused scan is cut: one pinned plan for each shape and device generation, never a race at run time.
+
+The order of every float addition follows from the plan, hence the table: benchmarks/tune_ss2d.py measures on a GPU
+and writes tiles.json. The batch has no say, so it never changes an image's bits.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from vmamba_kernels.ss2d.order import scan_order
+
+ROWS = 16
+TABLE = Path(__file__).with_name("tiles.json")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Steps a segment (`span`) and a tile (`steps`: 1, 2 or 4, a divisor), and of each kernel channels and warps.
+
+    `ends` is the first walk of the forward and of the backward, `output` and `gradients` the second. `stages` is the
+    depth of their loads' pipeline: addresses are loaded too, so that 5 is the least that loads a tile ahead.
+    """
+
+    span: int = 28
+    steps: int = 2
+    ends: int = 32
+    output: int = 32
+    gradients: int = 16
+    ends_warps: int = 1
+    output_warps: int = 1
+    gradients_warps: int = 1
+    stages: int = 5
+
+    def __post_init__(self) -> None:
+        if self.steps not in (1, 2, 4) or self.span % self.steps:
+            raise ValueError(f"steps={self.steps}: use 1, 2 or 4, a divisor of span={self.span}")
+
+
+class Key(NamedTuple):
+    """What a plan depends on: device generation, channels C, length H * W, state N, bytes an element of x."""
+
+    generation: str
+    channels: int
+    length: int
+    state: int
+    bytes: int
+
+
+@lru_cache(maxsize=1)
+def pinned_plans() -> dict[Key, Plan]:
+    """Return the table of tiles.json."""
+    rows = json.loads(TABLE.read_text()) if TABLE.exists() else []
+    return {Key(**{name: row[name] for name in Key._fields}): Plan(**row["plan"]) for row in rows}
+
+
+def write_plans(plans: dict[Key, Plan]) -> None:
+    """Write the table, sorted; what the tuner calls."""
+    entries = [json.dumps(key._asdict() | {"plan": asdict(plan)}) for key, plan in sorted(plans.items())]
+    TABLE.write_text("[\n  " + ",\n  ".join(entries) + "\n]\n")
+    pinned_plans.cache_clear()
+
+
+@lru_cache(maxsize=64)
+def generation(device: torch.device) -> str:
+    """Return the device generation that a row of the table names: sm_90; or cpu, where kernels are interpreted."""
+    if device.type != "cuda":
+        return device.type
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
+def default_plan(length: int, itemsize: int) -> Plan:
+    """Return the plan of a shape that the table does not name; a span that divides the length needs no masks."""
+    span = next((n for n in (28, 64, 32, 48, 36, 20) if length % n == 0 and length >= 4 * n), 28)
+    if itemsize > 2:
+        return Plan(span=span, ends=16, output=16, gradients=16)
+    return Plan(span=span)
+
+
+def plan_for(x: Tensor, state: int) -> Plan:
+    """Return the plan for x (B, H, W, C) and N states."""
+    # int: a size that torch.compile traces as a symbol is fixed here.
+    height, width, channels = (int(n) for n in x.shape[1:])
+    key = Key(generation(x.device), channels, height * width, state, x.element_size())
+    return pinned_plans().get(key) or default_plan(height * width, x.element_size())
+
+
+@lru_cache(maxsize=256)
+def walk_table(pattern: str, height: int, width: int, span: int, device: torch.device) -> tuple[Tensor, int]:
+    """Return int32 (4, S * span), the token that each direction visits at each step, and the S segments of an image.
+
+    Where a sequence does not fill its last segment the token is -1: at the end, and for a direction that walks
+    another backwards at the beginning, so that both have the same tokens in the same segment.
+    """
+    order = scan_order(pattern, height, width)
+    count = -(-order.shape[1] // span)
+    padded = order.new_full((4, count * span), -1)
+    padded[:, : order.shape[1]] = order
+    if mirrored(pattern):
+        padded[2:] = padded[:2].flip(1)
+    return padded.to(torch.int32).to(device), count
+
+
+def mirrored(pattern: str) -> bool:
+    """Return whether directions 2 and 3 are directions 0 and 1 walked backwards."""
+    return pattern != "unidi"
