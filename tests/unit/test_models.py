@@ -18,6 +18,7 @@ from torch import Tensor
 from vmamba_dist.models import Variant, VMamba, create_model, flops, get_variant, list_models, ss2d
 from vmamba_dist.models.init import Init, init_tensor
 from vmamba_dist.models.vmamba import Block, PatchMerging
+from vmamba_kernels import BackendError
 from vmamba_kernels.testing import golden_tensor, relative_max
 
 VANILLA = get_variant("vanilla_vmamba_tiny", dims=(16, 32, 64, 128), depths=(1, 1, 2, 1))
@@ -428,3 +429,10 @@ def test_a_block_compiles_whole() -> None:
     compiled = torch.compile(block, backend="aot_eager", fullgraph=True)
     x, keep = golden_tensor("tokens", (2, 3, 5, 16)).float(), torch.tensor([[0.0, 1.5], [2.0, 0.0]])
     torch.testing.assert_close(compiled(x, keep), block(x, keep))
+
+
+def test_a_backend_that_cannot_run_here_is_an_error_at_construction(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(BackendError, match="need"):
+        create_model("vmamba_atto", scan_backend="triton")

@@ -1,3 +1,4 @@
+# mypy: allow-untyped-calls
 """The host's side of the fused scan: memory, launches and the last sums of the Triton kernels.
 
 No tensor of size (B, 4 C, L) exists: beside inputs and outputs there are the states between segments and tiles, and
@@ -105,14 +106,15 @@ class _Problem:
         plan = self.plan
         starts = self.new(4, self.rows, self.state, self.channels)
         sums = self.new(4, self.rows, self.channels)
-        kernel[(self.grid(plan.ends), 4)](
-            walked, *self.inputs, self.order, starts, sums, *self.sizes,
-            **self.constants, CHANNELS=plan.ends, num_warps=plan.ends_warps,
-        )  # fmt: skip
         blocks = -(-self.channels // _CARRY_CHANNELS)
-        ss2d_carry[(self.batch * blocks, 4, self.state)](
-            starts, sums, self.A, self.count, self.rows, REVERSE=reverse, **self.carry_constants
-        )
+        with torch.cuda.device_of(self.x):
+            kernel[(self.grid(plan.ends), 4)](
+                walked, *self.inputs, self.order, starts, sums, *self.sizes,
+                **self.constants, CHANNELS=plan.ends, num_warps=plan.ends_warps,
+            )  # fmt: skip
+            ss2d_carry[(self.batch * blocks, 4, self.state)](
+                starts, sums, self.A, self.count, self.rows, REVERSE=reverse, **self.carry_constants
+            )
         return starts
 
 
@@ -134,11 +136,12 @@ def forward(
     starts = p.starts(ss2d_ends, p.x, reverse=False)
     total, y = p.new(*x.shape), p.new(*x.shape, dtype=x.dtype)
     for axis in range(2):
-        ss2d_output[(p.grid(p.plan.output),)](
-            p.x, *p.inputs, p.skip, p.order, p.x if starts is None else starts, saved, total, y, *p.sizes, axis,
-            **p.constants, CHANNELS=p.plan.output, CARRIED=starts is not None, SAVE=save, FIRST=axis == 0,
-            num_warps=p.plan.output_warps,
-        )  # fmt: skip
+        with torch.cuda.device_of(x):
+            ss2d_output[(p.grid(p.plan.output),)](
+                p.x, *p.inputs, p.skip, p.order, p.x if starts is None else starts, saved, total, y, *p.sizes, axis,
+                **p.constants, CHANNELS=p.plan.output, CARRIED=starts is not None, SAVE=save, FIRST=axis == 0,
+                num_warps=p.plan.output_warps,
+            )  # fmt: skip
     return y, saved
 
 
@@ -169,12 +172,13 @@ def backward(
     d_A = p.new(p.groups, 4, p.channels, p.state)
     d_D = p.new(p.groups, p.channels)
     for axis in range(2):
-        ss2d_gradients[(p.grid(p.plan.gradients),)](
-            g, p.x, *p.inputs, p.skip, p.order, g if starts is None else starts, saved,
-            total, dx, dp, d_weight, d_bias, d_A, d_D, *p.sizes, axis,
-            **p.constants, PP=_power_of_two(p.pitch), CHANNELS=p.plan.gradients, CARRIED=starts is not None,
-            FIRST=axis == 0, num_warps=p.plan.gradients_warps,
-        )  # fmt: skip
+        with torch.cuda.device_of(x):
+            ss2d_gradients[(p.grid(p.plan.gradients),)](
+                g, p.x, *p.inputs, p.skip, p.order, g if starts is None else starts, saved,
+                total, dx, dp, d_weight, d_bias, d_A, d_D, *p.sizes, axis,
+                **p.constants, PP=_power_of_two(p.pitch), CHANNELS=p.plan.gradients, CARRIED=starts is not None,
+                FIRST=axis == 0, num_warps=p.plan.gradients_warps,
+            )  # fmt: skip
     d_projected = dp[0] if blocks == 1 else dp.sum(0, dtype=torch.float32)
     return (
         dx,
