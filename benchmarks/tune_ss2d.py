@@ -99,7 +99,7 @@ def candidates(length: int, quick: bool) -> list[Plan]:
         _plan(span, steps, stages, channels, warps)
         for span in spans
         for steps in ((2, 4) if quick else (1, 2, 4))
-        for stages in ((3,) if quick else (2, 3))
+        for stages in ((5,) if quick else (5, 7))  # fewer load nothing ahead: see Plan
         for channels, warps in (BLOCKS[:3] if quick else BLOCKS)
         if span % steps == 0
     ]

@@ -48,6 +48,21 @@ def resolve_backend(backend: str, device: torch.device | str) -> str:
     return "triton"
 
 
+def backend_for(backend: str, x: torch.Tensor) -> str:
+    """Return resolve_backend's choice for a tensor; auto keeps float64 on the PyTorch path, as the kernels have none.
+
+    Raises what resolve_backend raises, and BackendError for triton with float64.
+    """
+    chosen = resolve_backend(backend, x.device)
+    if chosen == "triton" and x.dtype == torch.float64:
+        if backend == "triton":
+            raise BackendError(
+                "backend='triton' computes in float32 and the input is float64; use backend='auto' or 'torch'"
+            )
+        return "torch"
+    return chosen
+
+
 @cache
 def _announce(device_type: str, chosen: str) -> None:
     path = "as Triton kernels" if chosen == "triton" else "on the PyTorch path"

@@ -274,7 +274,7 @@ def test_compiles_as_one_graph(tiny):
 def test_float64_stays_on_the_pytorch_path():
     inputs = without(ScanShape(1, 1, 3, 1, 5).inputs(), "dy")
     assert selective_scan(**inputs).dtype == torch.float64
-    with pytest.raises(BackendError, match="float32 and u is float64"):
+    with pytest.raises(BackendError, match="float32 and the input is float64"):
         scan(**inputs)
 
 

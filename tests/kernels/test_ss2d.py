@@ -189,7 +189,7 @@ def test_mistakes_are_named():
         ss2d_scan(**inputs, pattern="cascade")
     with pytest.raises(ValueError, match=r"projected is .* it must be \(2, 3, 5, 16\)"):
         ss2d_scan(**inputs | {"projected": inputs["projected"][..., 1:]})
-    with pytest.raises(BackendError, match="computes in float32 and x is float64"):
+    with pytest.raises(BackendError, match="computes in float32 and the input is float64"):
         ss2d_scan(**{n: t.to(DEVICE) for n, t in inputs.items()}, backend="triton")
 
 
@@ -509,6 +509,16 @@ def test_a_module_on_triton_equals_the_official_one(case, cut):
     for name, p in module.named_parameters():
         found[name] = relative_max(p.grad.cpu().view(official[name].shape), official[name])
     assert above(found, 1e-4) == {}
+
+
+def test_words_of_two_are_read_only_where_words_begin(monkeypatch):
+    """A view that begins at an odd 16-bit number would be a misaligned address on a GPU."""
+    monkeypatch.setattr(fused, "interpreted", lambda: False)
+    inputs = {n: t for n, t in tensors(ImageShape(1, 2, 3, 8, 2), torch.bfloat16).items() if n != "dy"}
+    assert fused._Problem(**inputs, pattern="cross2d").constants["PAIRED"]
+    numel, shape = inputs["projected"].numel(), inputs["projected"].shape
+    inputs["projected"] = inputs["projected"].new_zeros(numel + 1)[1:].view(shape)
+    assert not fused._Problem(**inputs, pattern="cross2d").constants["PAIRED"]
 
 
 # On a GPU.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from vmamba_kernels.backend import BackendError, resolve_backend
+from vmamba_kernels.backend import backend_for
 from vmamba_kernels.scan import fast
 
 if importlib.util.find_spec("triton") is not None:
@@ -39,13 +39,7 @@ def selective_scan(
     Raises ValueError for shapes that do not fit, BackendError for a backend that cannot run here.
     """
     _check(u, delta, A, B, C, D, delta_bias)
-    chosen = resolve_backend(backend, u.device)
-    if chosen == "triton" and u.dtype == torch.float64:
-        if backend == "triton":
-            raise BackendError(
-                "backend='triton' computes in float32 and u is float64; use backend='auto' or 'torch'"
-            )
-        chosen = "torch"
+    chosen = backend_for(backend, u)
     y: Tensor
     y, _ = _selective_scan(u, delta, A, B, C, D, delta_bias, delta_softplus, chosen)
     return y

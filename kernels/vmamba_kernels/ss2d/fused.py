@@ -77,6 +77,8 @@ class _Problem:
             "PAIRED": self.state == 1
             and self.rank % 2 == self.pitch % 2 == 0
             and x.element_size() == 2
+            # A view may begin between two words.
+            and self.projected.data_ptr() % 4 == 0
             and not interpreted(),
             "PRECISION": "ieee" if exact else "tf32",
             "STAGES": self.plan.stages,

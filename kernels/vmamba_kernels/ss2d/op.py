@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from vmamba_kernels.backend import BackendError, resolve_backend
+from vmamba_kernels.backend import backend_for
 from vmamba_kernels.scan.op import scan_flops
 from vmamba_kernels.ss2d import fast
 from vmamba_kernels.ss2d.order import PATTERNS
@@ -40,7 +40,7 @@ def ss2d_scan(
     Raises ValueError for shapes or a pattern that do not fit, BackendError for a backend that cannot run here.
     """
     _check(x, projected, dt_weight, dt_bias, A, D, pattern)
-    chosen = _implementation(backend, x)
+    chosen = backend_for(backend, x)
     width = dt_weight.shape[2] + 2 * A.shape[1]
     if chosen == "torch" and projected.shape[-1] != 4 * width:
         projected = projected.reshape(*x.shape[:3], 4, -1)[..., :width].flatten(3)
@@ -50,16 +50,6 @@ def ss2d_scan(
     y: Tensor
     y, _ = _ss2d_scan(*inputs, pattern, chosen, save)
     return y
-
-
-def _implementation(backend: str, x: Tensor) -> str:
-    """The kernels compute in float32: what is wider stays on the PyTorch path unless Triton is asked for by name."""
-    chosen = resolve_backend(backend, x.device)
-    if chosen == "triton" and x.dtype == torch.float64:
-        if backend == "triton":
-            raise BackendError("backend='triton' computes in float32 and x is float64; use backend='torch'")
-        return "torch"
-    return chosen
 
 
 def _check(

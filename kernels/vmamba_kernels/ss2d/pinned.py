@@ -7,10 +7,8 @@ without a GPU; a test holds the two equal.
 from collections.abc import Iterator
 from typing import Any
 
-import triton
-
 from vmamba_kernels.ss2d import tiles
-from vmamba_kernels.ss2d.fused import _CARRY_CHANNELS
+from vmamba_kernels.ss2d.fused import _CARRY_CHANNELS, _power_of_two
 from vmamba_kernels.ss2d.tiles import ROWS, Plan
 from vmamba_kernels.ss2d.triton_bwd import ss2d_adjoint_ends, ss2d_gradients
 from vmamba_kernels.ss2d.triton_fwd import ss2d_carry, ss2d_ends, ss2d_output
@@ -101,10 +99,6 @@ def configurations(
         for reverse in (False, True):
             name = f"{shape} {'reverse' if reverse else 'forward'}"
             yield _one(name, ss2d_carry, dtype, carry | {"REVERSE": reverse}, 2)
-
-
-def _power_of_two(n: int) -> int:
-    return max(16, int(triton.next_power_of_2(n)))
 
 
 def _one(case: str, kernel: Any, dtype: str, constants: dict[str, Any], warps: int) -> Configuration:

@@ -11,8 +11,9 @@ import triton
 import triton.language as tl
 
 from vmamba_kernels.exponents import LN2, LOG2E, exp2, log2
+from vmamba_kernels.ss2d import tiles
 
-ROWS = tl.constexpr(16)
+ROWS = tl.constexpr(tiles.ROWS)
 
 
 @triton.jit
