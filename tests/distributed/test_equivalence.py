@@ -64,19 +64,19 @@ def a_state_that_matters() -> Iterator[None]:
     without its carry move the loss by 2e-6 (measured)."""
     from vmamba_dist.train import assemble
 
-    right = assemble.build_objective
+    right = assemble.parallelize
 
     def build(*args: Any, **options: Any) -> Any:
-        objective = right(*args, **options)
+        engine = right(*args, **options)
         with torch.no_grad():
-            for name, parameter in objective.named_parameters():
+            for name, weight in engine.weights().items():
                 if name.endswith("dt_projs_bias"):
-                    parameter += 3
+                    weight += 3
                 if name.endswith("x_proj_weight"):
-                    parameter *= 30
-        return objective
+                    weight *= 30
+        return engine
 
-    with patch.object(assemble, "build_objective", build):
+    with patch.object(assemble, "parallelize", build):
         yield
 
 

@@ -38,7 +38,7 @@ def test_what_is_written_loads_to_the_same(tmp_path: Path) -> None:
         ("data.global_batch=3", "data.global_batch=3: use an even number"),
         ("data.image_size=33", "data.image_size=33: use a multiple of 4"),
         ("data.workers=true", "data.workers=True: expected int, got bool"),
-        ("parallel.engine=fsdp", "parallel.engine='fsdp': choose one of ddp"),
+        ("parallel.engine=zero", "parallel.engine='zero': choose one of ddp, fsdp, deepspeed"),
         ("augment.mean=[1,2]", "augment.mean=[1, 2]: give a list of 3 numbers"),
         ("lr", "'lr' is not key=value"),
         ("config=nowhere.yaml", "config=nowhere.yaml: no such file; shipped configs:"),

@@ -13,12 +13,14 @@ from torch import nn
 
 from vmamba_dist.config import ConfigError, load
 from vmamba_dist.config.schema import EmaConfig, EvalConfig
+from vmamba_dist.core.dist import World
 from vmamba_dist.core.rng import counter_uniform
 from vmamba_dist.core.state import TrainState
 from vmamba_dist.models import create_model
 from vmamba_dist.objectives.base import Inputs
 from vmamba_dist.objectives.classify import Classify
 from vmamba_dist.objectives.drop_path import keep_masks
+from vmamba_dist.parallel.ddp import DdpEngine
 from vmamba_dist.train import stopping
 from vmamba_dist.train.ema import Ema
 from vmamba_dist.train.health import find_nonfinite, note_bad
@@ -28,10 +30,16 @@ from vmamba_dist.train.sources import open_sources
 from vmamba_dist.train.stopping import StopRequest, note_evaluation, out_of_patience
 
 
+def engine_of(module: nn.Module) -> DdpEngine:
+    """One process, no wrapper."""
+    optimizer = torch.optim.AdamW(module.parameters(), fused=True)
+    return DdpEngine(module, optimizer, World(0, 1, 0, torch.device("cpu")), torch.float32)
+
+
 def test_ema_follows_by_its_decay_and_swaps_in_place() -> None:
     module = nn.Linear(1, 1, bias=False)
     nn.init.zeros_(module.weight)
-    ema = Ema(module, EmaConfig(decay=0.9, warmup=False))
+    ema = Ema(engine_of(module), EmaConfig(decay=0.9, warmup=False))
     with torch.no_grad():
         module.weight.fill_(1.0)
     ema.update(1)
@@ -44,7 +52,7 @@ def test_ema_follows_by_its_decay_and_swaps_in_place() -> None:
 
 
 def test_ema_warm_up_is_short_at_first_and_reaches_the_decay() -> None:
-    ema = Ema(nn.Linear(1, 1), EmaConfig(decay=0.99))
+    ema = Ema(engine_of(nn.Linear(1, 1)), EmaConfig(decay=0.99))
     assert ema.decay(1) == pytest.approx(2 / 11)
     assert ema.decay(10_000) == 0.99
 

@@ -8,7 +8,7 @@ after the first backward would change it after a resume at three or more ranks (
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 
 import torch
@@ -78,8 +78,20 @@ class DdpEngine:
         for group in self._optimizer.param_groups:
             group["lr"] = lr
 
+    def weights(self) -> dict[str, Tensor]:
+        return dict(self._module.state_dict(keep_vars=True))
+
+    def canonical(self, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return dict(held)
+
+    def take(self, held: Mapping[str, Tensor], canonical: Mapping[str, Tensor]) -> None:
+        pass  # a checkpoint filled the live tensors themselves
+
     def state(self) -> dict[str, Tensor]:
         tensors = {f"model.{name}": t for name, t in self._module.state_dict().items()}
         for p, name in self._names.items():
             tensors |= {f"optim.{name}.{key}": value for key, value in self._optimizer.state[p].items()}
         return tensors
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        pass  # a checkpoint filled the live tensors themselves

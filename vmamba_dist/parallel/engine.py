@@ -6,6 +6,7 @@ applies only where it is finite, decided on the device: DeepSpeed can meet that 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
@@ -47,6 +48,30 @@ class Engine(Protocol):
 
     def set_lr(self, lr: float) -> None: ...
 
+    def weights(self) -> dict[str, Tensor]:
+        """The live float32 masters as this rank holds them, by the objective's own names.
+
+        Whole tensors, DTensors, or whatever shares an engine keeps: what follows the weights, as an average
+        does, has the same shapes.
+        """
+        ...
+
+    def canonical(self, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors laid out as `weights()`, as a checkpoint stores them. A collective.
+
+        Whole tensors that every rank holds, DTensors, or whole tensors of which a rank has its share: the names
+        of all ranks together are the whole.
+        """
+        ...
+
+    def take(self, held: Mapping[str, Tensor], canonical: Mapping[str, Tensor]) -> None:
+        """Undo `canonical`: copy what a checkpoint filled into the tensors held. A collective."""
+        ...
+
     def state(self) -> dict[str, Tensor]:
-        """The live tensors by canonical name: model.<name>, optim.<name>.{exp_avg,exp_avg_sq,step}."""
+        """The weights and moments in canonical form: model.<name>, optim.<name>.{exp_avg,exp_avg_sq,step}."""
+        ...
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over what a checkpoint filled into the tensors of `state()`. A collective."""
         ...

@@ -22,8 +22,9 @@ def parallelize(
     precision: PrecisionConfig,
     optim: OptimConfig,
     world: World,
+    seed: int,
 ) -> Engine:
-    """Turn a materialised objective into an engine for this world."""
+    """Turn an objective on the meta device into an engine for this world, its weights initialised from the seed."""
     if parallel.recompute == "block":
         objective.backbone.set_grad_checkpointing(True)
     if parallel.compile == "block":
@@ -31,4 +32,6 @@ def parallelize(
             assert isinstance(stage, Stage)
             for block in stage.blocks:
                 block.compile(dynamic=False)  # inductor fails on the symbolic sizes of a second stage (2.14)
+    objective.to_empty(device=world.device)
+    objective.backbone.init_weights(seed)
     return DdpEngine(objective, build_optimizer(objective, optim), world, compute_dtype(precision.compute))

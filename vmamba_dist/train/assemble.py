@@ -54,24 +54,28 @@ def assembled(cfg: Config, sources: Sources, world: World, stop: StopRequest) ->
     with ExitStack() as closing:
         run_dir = _own(cfg, world, closing)
         state = TrainState()
-        objective = build_objective(cfg, sources.num_classes, world)
+        objective = build_objective(cfg, sources.num_classes)
         engine = parallelize(
             objective,
             parallel=cfg.parallel,
             precision=cfg.precision,
             optim=cfg.optim,
             world=world,
+            seed=cfg.run.seed,
         )
-        ema = Ema(objective, cfg.ema) if cfg.ema.enabled else None
+        ema = Ema(engine, cfg.ema) if cfg.ema.enabled else None
         checkpoints = Checkpoints(
             run_dir, cfg.checkpoint, world, metric=best_metric(cfg.eval, has_ema=ema is not None)
         )
         identity = _identity(cfg, sources)
-        tensors = engine.state() | (ema.state() if ema is not None else {})
         found = _resume(cfg, checkpoints, identity)
         _describe(cfg, run_dir, world)
         if found is not None:
+            tensors = engine.state() | (ema.state() if ema is not None else {})
             checkpoints.load(found, tensors)
+            engine.load(tensors)
+            if ema is not None:
+                ema.load(tensors)
             state.load_dict(found.meta.state)
         state.lanes = state.lanes or choose_lanes(
             sources.train.num_samples,
@@ -160,11 +164,8 @@ def assembled(cfg: Config, sources: Sources, world: World, stop: StopRequest) ->
         )
 
 
-def build_objective(cfg: Config, num_classes: int, world: World, *, initialise: bool = True) -> Classify:
-    """Make the objective on meta, then materialise it on the device: values follow from names and the seed.
-
-    Without `initialise` its memory is as it came, to be filled from a checkpoint.
-    """
+def build_objective(cfg: Config, num_classes: int) -> Classify:
+    """Make the objective on the meta device: an engine, or a checkpoint, gives it memory and values."""
     with torch.device("meta"):
         backbone = create_model(
             cfg.model.name,
@@ -173,11 +174,7 @@ def build_objective(cfg: Config, num_classes: int, world: World, *, initialise: 
             scan_pattern=cfg.model.scan_pattern,
             scan_backend=cfg.model.scan_backend,
         )
-        objective = _OBJECTIVES[cfg.objective.name](backbone, seed=cfg.run.seed)
-    objective.to_empty(device=world.device)
-    if initialise:
-        backbone.init_weights(cfg.run.seed)
-    return objective
+        return _OBJECTIVES[cfg.objective.name](backbone, seed=cfg.run.seed)
 
 
 def build_evaluator(cfg: Config, index: Index, num_classes: int, world: World) -> ClassificationEvaluator:

@@ -1,25 +1,29 @@
 """The exponential moving average of the weights, updated after every step.
 
 Law: it is part of the checkpoint, name for name as the model, and with warm-up it is useful from the first epoch.
+Each rank averages what it holds, so nothing is exchanged.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from vmamba_dist.config.schema import EmaConfig
+from vmamba_dist.parallel.engine import Engine
 
 
 class Ema:
-    """float32 copies of a module's tensors that follow it."""
+    """float32 copies of an engine's weights that follow them."""
 
-    def __init__(self, module: nn.Module, cfg: EmaConfig) -> None:
+    def __init__(self, engine: Engine, cfg: EmaConfig) -> None:
         self._cfg = cfg
-        self._live = dict(module.state_dict(keep_vars=True))
+        self._engine = engine
+        self._live = engine.weights()
         self._mean = {name: t.detach().clone() for name, t in self._live.items()}
 
     def decay(self, step: int) -> float:
@@ -31,22 +35,39 @@ class Ema:
     @torch.no_grad()
     def update(self, step: int) -> None:
         """mean ← mean + (1 − decay)(weights − mean)."""
-        live = [t.detach() for t in self._live.values()]
-        torch._foreach_lerp_(list(self._mean.values()), live, 1 - self.decay(step))
+        mean = [_local(t) for t in self._mean.values()]
+        live = [_local(t) for t in self._live.values()]
+        torch._foreach_lerp_(mean, live, 1 - self.decay(step))
 
     def state(self) -> dict[str, Tensor]:
-        """The live tensors by canonical name: ema.<name>."""
-        return {f"ema.{name}": t for name, t in self._mean.items()}
+        """The averages by canonical name, ema.<name>, as a checkpoint stores them. A collective."""
+        return {f"ema.{name}": t for name, t in self._engine.canonical(self._mean).items()}
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over what a checkpoint filled into the tensors of `state()`. A collective."""
+        own = {n.removeprefix("ema."): t for n, t in tensors.items() if n.startswith("ema.")}
+        self._engine.take(self._mean, own)
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Swap the averaged weights into the module while inside; no copy is made."""
+        """Swap the averaged weights into the module while inside."""
         self._swap()
         try:
             yield
         finally:
             self._swap()
 
+    @torch.no_grad()
     def _swap(self) -> None:
+        # Values and not storage: an engine keeps views of its weights. One tensor at a time, so one copy is extra.
         for name, live in self._live.items():
-            live.data, self._mean[name] = self._mean[name], live.data
+            here, there = _local(live), _local(self._mean[name])
+            before = here.clone()
+            here.copy_(there)
+            there.copy_(before)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """This rank's part of a DTensor, sharing its memory; any other tensor as it is."""
+    whole = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return whole.detach()

@@ -38,7 +38,8 @@ def evaluate(args: Sequence[str], place: World) -> dict[str, float | str]:
     be_deterministic()  # as in training, so that the figures are the same
     weights = cfg.eval.weights if cfg.ema.enabled else "raw"
     prefix = "ema." if weights == "ema" else "model."
-    objective = build_objective(cfg, num_classes, place, initialise=False)
+    objective = build_objective(cfg, num_classes)
+    objective.to_empty(device=place.device)
     tensors = {prefix + name: tensor for name, tensor in objective.state_dict().items()}
     unused = tuple({"ema.", "model.", "optim."} - {prefix})
     load(found, tensors, place, allow_unused=unused)

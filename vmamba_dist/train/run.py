@@ -119,7 +119,7 @@ class Run:
         return found
 
     def tensors(self) -> dict[str, Tensor]:
-        """Every tensor of a checkpoint, by canonical name."""
+        """Every tensor of a checkpoint, by canonical name. A collective."""
         return self.engine.state() | (self.ema.state() if self.ema is not None else {})
 
     def save(self, evaluation: dict[str, float]) -> None:
