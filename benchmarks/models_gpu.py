@@ -26,6 +26,7 @@ from vmamba_dist.models import create_model
 Report = tuple[str, str, list[str]]  # name, title, lines
 
 VMAMBA, SWIN, CONVNEXT, OFFICIAL = "vmamba", "swin", "convnext", "official"
+ENGINES = ("eager", "compiled", "graphed")
 CONTENDERS = (VMAMBA, SWIN, CONVNEXT)
 TIMM = {SWIN: "swin_tiny_patch4_window7_224", CONVNEXT: "convnext_tiny"}
 TITLES = {
@@ -57,7 +58,7 @@ class Setting:
     """What every part needs to know."""
 
     device: Device
-    engine: str  # eager or compiled
+    engine: str  # eager, compiled, or graphed: compiled and replayed as CUDA graphs, so that no launch is waited for
     contenders: Sequence[str]
     official: Official | None
     repetitions: int
@@ -100,9 +101,13 @@ class Workload:
         self.labels = torch.randint(1000, (batch,), device=device, generator=draw)
         self.model = model.train(training)
         self.call: Callable[[Tensor], Tensor] = self.model
-        if setting.engine == "compiled":
-            backend = "aot_eager" if setting.device.rehearsing else "inductor"
-            self.call = torch.compile(self.model, dynamic=False, backend=backend)
+        self.graphed = setting.engine == "graphed"
+        if setting.engine != "eager":
+            if setting.device.rehearsing:
+                self.call = torch.compile(self.model, dynamic=False, backend="aot_eager")
+            else:
+                mode = "reduce-overhead" if self.graphed else None
+                self.call = torch.compile(self.model, dynamic=False, mode=mode)
         self.optimizer = (
             torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.05, fused=True)
             if training
@@ -115,6 +120,8 @@ class Workload:
         return self
 
     def run(self) -> None:
+        if self.graphed:
+            torch.compiler.cudagraph_mark_step_begin()
         kind = self.images.device.type
         if self.optimizer is None:
             with torch.no_grad(), torch.autocast(kind, torch.bfloat16):

@@ -62,8 +62,13 @@ class Weights:
 
 
 def fused(x_BHWC: Tensor, w: Weights, backend: str) -> Tensor:
-    """Run the span as SS2D does: one projection of the tokens as they lie, one scan → (B, H, W, C)."""
-    projected = F.linear(x_BHWC, w.x_proj)
+    """Run the span as SS2D does: one projection of the tokens as they lie, one scan → (B, H, W, C).
+
+    Each direction's rows of the projection begin at a multiple of 8, as SS2D pads them.
+    """
+    width = w.x_proj.shape[0] // K
+    aligned = F.pad(w.x_proj.view(K, width, -1), (0, 0, 0, -width % 8)).flatten(0, 1)
+    projected = F.linear(x_BHWC, aligned)
     with torch.autocast(x_BHWC.device.type, enabled=False):
         return ss2d_scan(
             x_BHWC, projected, w.dt.to(x_BHWC.dtype), w.dt_bias, -torch.exp(w.a_log), w.skip, backend=backend

@@ -324,6 +324,7 @@ def main() -> None:
     )
     parser.add_argument("--eager", action="store_true", help="models run op by op (the default)")
     parser.add_argument("--compiled", action="store_true", help="models run through torch.compile")
+    parser.add_argument("--graphed", action="store_true", help="the same as CUDA graphs; one contender a run")
     parser.add_argument(
         "--contenders", nargs="+", choices=models_gpu.CONTENDERS, default=models_gpu.CONTENDERS
     )
@@ -346,7 +347,7 @@ def main() -> None:
     say(about_official)
     agreed = gate(device)
     say(agreed)
-    engines = [e for e in ("eager", "compiled") if getattr(args, e)] or ["eager"]
+    engines = [e for e in models_gpu.ENGINES if getattr(args, e)] or ["eager"]
     tiny, vanilla = (REHEARSED, REHEARSED[:1]) if args.rehearse else (TINY, VANILLA_TINY)
     failed = []
     for part, engine in itertools.product(args.parts, engines):

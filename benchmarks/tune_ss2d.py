@@ -12,7 +12,7 @@ import statistics
 import subprocess
 import sys
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -38,8 +38,10 @@ MODELS = {
     "base": ((128, 8, 3136), (256, 16, 784), (512, 32, 196), (1024, 64, 49)),
 }
 KERNELS = ("ss2d_ends", "ss2d_carry", "ss2d_output", "ss2d_adjoint_ends", "ss2d_gradients")
-SPANS = (16, 28, 32, 40, 48, 52, 56, 64, 84, 112)
+SPANS = (7, 14, 16, 28, 32, 40, 48, 52, 56, 64, 84, 112)
+STEPS = (1, 2, 4)
 MOST_PADDING = 0.15  # of a sequence's steps
+MOST_SEGMENTS = 128  # of a sequence: beyond it more of them bring no parallelism that is missing
 BLOCKS = ((16, 1), (32, 1), (64, 2), (32, 2))  # channels and warps
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 TOLERANCE = {"bf16": 4e-3, "fp32": 3e-6}  # relative RMS
@@ -87,21 +89,23 @@ class Problem:
         return f"C{self.channels} R{self.rank} N{self.state} L{self.length} {self.dtype}"
 
 
-def candidates(length: int, quick: bool) -> list[Plan]:
+def candidates(length: int, spans: Sequence[int], steps: Sequence[int], quick: bool) -> list[Plan]:
     """List plans in which all kernels have the same block; a choice may mix them, the rest being equal."""
-    spans = [n for n in SPANS if -(-length // n) * n <= length * (1 + MOST_PADDING)] or [SPANS[0]]
-    if quick:
-        # The usual segment, and the longest that leaves four to a sequence, or else the one that fits it best.
-        usual = min(spans, key=lambda n: abs(n - 28))
-        fewest = [n for n in spans if length >= 4 * n]
-        spans = sorted({usual, max(fewest) if fewest else min(spans, key=lambda n: -(-length // n) * n)})
+
+    def fits(span: int) -> bool:
+        segments = -(-length // span)
+        return segments * span <= length * (1 + MOST_PADDING) and segments <= MOST_SEGMENTS
+
+    fitting = [n for n in spans if fits(n)] or [min(spans, key=lambda n: -(-length // n) * n)]
+    if quick:  # no masks where a span divides the length
+        fitting = [n for n in fitting if length % n == 0] or fitting
     return [
-        _plan(span, steps, stages, channels, warps)
-        for span in spans
-        for steps in ((2, 4) if quick else (1, 2, 4))
+        _plan(span, few, stages, channels, warps)
+        for span in fitting
+        for few in steps
         for stages in ((5,) if quick else (5, 7))  # fewer load nothing ahead: see Plan
         for channels, warps in (BLOCKS[:3] if quick else BLOCKS)
-        if span % steps == 0
+        if span % few == 0
     ]
 
 
@@ -288,7 +292,9 @@ def main() -> None:
     parser.add_argument(
         "--samples", type=int, default=5, help="timed calls of each kernel; their median counts"
     )
-    parser.add_argument("--quick", action="store_true", help="at most 12 candidates a kernel")
+    parser.add_argument("--spans", nargs="+", type=int, default=SPANS, help="steps a segment to try")
+    parser.add_argument("--steps", nargs="+", type=int, choices=STEPS, default=STEPS, help="a tile, to try")
+    parser.add_argument("--quick", action="store_true", help="no masked segments, no deeper pipelines")
     parser.add_argument(
         "--processes", type=int, default=max(1, (os.cpu_count() or 2) - 1), help="that compile"
     )
@@ -304,7 +310,10 @@ def main() -> None:
 
     shapes = options.shape or [shape for model in options.models for shape in MODELS[model]]
     problems = [Problem(*shape, options.state, options.dtype) for shape in shapes]
-    plans = {problem: candidates(problem.length, options.quick) for problem in problems}
+    plans = {
+        problem: candidates(problem.length, options.spans, options.steps, options.quick)
+        for problem in problems
+    }
     if options.compile_part:
         part, of = map(int, options.compile_part.split("/"))
         compile_part([(problem, plan) for problem in problems for plan in plans[problem]], part, of)

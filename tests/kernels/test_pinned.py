@@ -36,17 +36,20 @@ MODULES = (
     "vmamba_kernels.scan.triton_bwd",
 )
 TARGETS = (80, 90)
+_TRITON_3_6 = triton.__version__.startswith("3.6.")
 # A configuration's name begins with -> the bytes of stack a thread may use, and why. The longest match counts.
 REGISTER_BOUND = "register-bound: see docs/kernels.md"
 ALLOWED_SPILLS: dict[str, tuple[int, str]] = {
-    "ss2d_gradients bf16 C96 ": (72, REGISTER_BOUND),
-    "ss2d_gradients bf16 C192 R12 N1 ": (48, REGISTER_BOUND),
-    "ss2d_gradients bf16 C384 ": (184, REGISTER_BOUND),
-    "ss2d_gradients bf16 C768 ": (552, REGISTER_BOUND),
+    "ss2d_gradients bf16 C96 ": (80, REGISTER_BOUND),
+    "ss2d_gradients bf16 C192 R12 N1 ": (64, REGISTER_BOUND),
+    "ss2d_gradients bf16 C384 ": (24, REGISTER_BOUND),
+    "ss2d_gradients bf16 C768 ": (312, REGISTER_BOUND),
     "ss2d_gradients bf16 C192 R6 N16 ": (760, REGISTER_BOUND),
-    "ss2d_gradients fp32 C96 ": (640, REGISTER_BOUND),
+    "ss2d_gradients fp32 C96 ": (688, REGISTER_BOUND),
     "ss2d_output bf16 C96 ": (16, "ptxas stops at 168 registers in inference"),
     "ss2d_output bf16 C192 R12 ": (16, "ptxas stops at 168 registers in inference"),
+    "ss2d_output bf16 C192 R6 N16 ": (8, "with Triton 3.6 alone: 168 registers in inference"),
+    "ss2d_output bf16 C384 ": (8, "with Triton 3.6 alone: 128 registers in inference"),
 }
 
 
@@ -138,7 +141,8 @@ def test_no_configuration_spills_anything_new():
         (t, c[0]) for t in TARGETS for c in collect() if _concerns(c[0], t)
     }
     assert excessive(rows) == {}
-    assert [p for p in ALLOWED_SPILLS if not any(r[1].startswith(p) and r[3] > 0 for r in rows)] == []
+    here = [p for p, (_, why) in ALLOWED_SPILLS.items() if "Triton 3.6" not in why or _TRITON_3_6]
+    assert [p for p in here if not any(r[1].startswith(p) and r[3] > 0 for r in rows)] == []
 
 
 def test_pinned_names_are_unique():

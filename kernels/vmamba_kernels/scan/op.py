@@ -150,9 +150,12 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
     *tensors, ctx.delta_softplus, ctx.backend = inputs
     ctx.save_for_backward(output[1], *tensors)
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # none is made for the states: they are larger than x
 
 
-def _backward(ctx: Any, grad_y: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad_y: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    if grad_y is None:
+        return (None,) * 9
     saved, *tensors = ctx.saved_tensors
     grads = _selective_scan_backward(grad_y, saved, *tensors, ctx.delta_softplus, ctx.backend)
     kept = (g if t is not None else None for g, t in zip(grads, tensors, strict=True))

@@ -169,24 +169,25 @@ def backward(
     blocks = -(-p.channels // p.plan.gradients)
     total, dx = p.new(*x.shape), p.new(*x.shape, dtype=x.dtype)
     dp = p.new(blocks, *projected.shape, dtype=p.partial_dtype)
-    d_weight = p.new(p.groups, 4, p.channels, p.rank)
-    d_bias = p.new(p.groups, 4, p.channels)
-    d_A = p.new(p.groups, 4, p.channels, p.state)
-    d_D = p.new(p.groups, p.channels)
+    # One row of dt_weight's, dt_bias's, A's and D's a group: one sum instead of four small ones.
+    sizes = [dt_weight.numel(), dt_bias.numel(), A.numel(), p.channels]
+    parameters = p.new(p.groups, sum(sizes))
     for axis in range(2):
         with torch.cuda.device_of(x):
             ss2d_gradients[(p.grid(p.plan.gradients),)](
                 g, p.x, *p.inputs, p.skip, p.order, g if starts is None else starts, saved,
-                total, dx, dp, d_weight, d_bias, d_A, d_D, *p.sizes, axis,
+                total, dx, dp, parameters, *p.sizes, axis,
                 **p.constants, PP=_power_of_two(p.pitch), CHANNELS=p.plan.gradients, CARRIED=starts is not None,
                 FIRST=axis == 0, num_warps=p.plan.gradients_warps,
             )  # fmt: skip
     d_projected = dp[0] if blocks == 1 else dp.sum(0, dtype=torch.float32)
+    d_weight, d_bias, d_A, d_D = parameters.sum(0).split(sizes)
     return (
         dx,
         d_projected.to(projected.dtype),
-        d_weight.sum(0).to(dt_weight.dtype),
-        d_bias.sum(0).to(dt_bias.dtype),
-        d_A.sum(0).view(A.shape).to(A.dtype),
-        d_D.sum(0).repeat(4).to(D.dtype),
+        # Copies: an operation's outputs must not share memory.
+        d_weight.view(dt_weight.shape).to(dt_weight.dtype, copy=True),
+        d_bias.view(dt_bias.shape).to(dt_bias.dtype, copy=True),
+        d_A.view(A.shape).to(A.dtype, copy=True),
+        d_D.repeat(4).to(D.dtype),
     )

@@ -16,7 +16,7 @@ from vmamba_kernels.ss2d.triton_fwd import ss2d_carry, ss2d_ends, ss2d_output
 Configuration = tuple[str, Any, dict[str, str], dict[str, Any], int]
 # Channels, dt rank and length of VMamba-T's stages at 224 pixels.
 STAGES = ((96, 6, 3136), (192, 12, 784), (384, 24, 196), (768, 48, 49))
-FLOAT32 = ("p_bias", "p_A", "p_D", "p_ends", "p_sums", "p_sum", "p_dw", "p_dbias", "p_dA", "p_dD")
+FLOAT32 = ("p_bias", "p_A", "p_D", "p_ends", "p_sums", "p_sum", "p_parameters")
 PARTIAL = ("p_dp",)  # float32 where N > 1
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 

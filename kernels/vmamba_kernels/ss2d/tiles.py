@@ -76,11 +76,18 @@ def generation(device: torch.device) -> str:
 
 
 def default_plan(length: int, itemsize: int) -> Plan:
-    """Return the plan of a shape that the table does not name; a span that divides the length needs no masks."""
-    span = next((n for n in (28, 64, 32, 48, 36, 20) if length % n == 0 and length >= 4 * n), 28)
+    """Return the plan of a shape that the table does not name, after what was measured for those that it does.
+
+    Short sequences are cut shorter, or there are fewer programs than the device can hold; a span that divides the
+    length needs no masks.
+    """
+    wanted = 28 if length >= 56 * 28 else 14 if length >= 7 * 14 else 7
+    steps = 2 if length >= 392 else 1
+    fitting = [n for n in range(wanted // 2, 2 * wanted + 1) if length % n == 0 and n % steps == 0]
+    span = min(fitting, key=lambda n: abs(n - wanted), default=wanted)
     if itemsize > 2:
-        return Plan(span=span, ends=16, output=16, gradients=16)
-    return Plan(span=span)
+        return Plan(span=span, steps=steps, ends=16, output=16, gradients=16)
+    return Plan(span=span, steps=steps)
 
 
 def plan_for(x: Tensor, state: int) -> Plan:

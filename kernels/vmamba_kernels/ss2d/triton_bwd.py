@@ -70,7 +70,7 @@ def ss2d_adjoint_ends(
 
 @triton.jit
 def ss2d_gradients(
-    p_g, p_x, p_p, p_w, p_bias, p_A, p_D, p_order, p_starts, p_tiles, p_sum, p_dx, p_dp, p_dw, p_dbias, p_dA, p_dD,
+    p_g, p_x, p_p, p_w, p_bias, p_A, p_D, p_order, p_starts, p_tiles, p_sum, p_dx, p_dp, p_parameters,
     L, S, Q, axis,
     C: tl.constexpr, R: tl.constexpr, N: tl.constexpr, PITCH: tl.constexpr, RP: tl.constexpr,
     PP: tl.constexpr, SPAN: tl.constexpr,
@@ -81,7 +81,8 @@ def ss2d_gradients(
     """Walk each segment backwards from what it receives: dx, and the partial sums of all other gradients.
 
     dx is summed in place in float32, as y is.
-    dp is (BLOCKS, Q / S, L, 4, PITCH) by block of channels; dw, dbias, dA and dD are by group of 16 rows.
+    dp is (BLOCKS, Q / S, L, 4, PITCH) by block of channels. The parameters' are by group of 16 rows, a row of
+    dw (4, C, R), dbias (4, C), dA (4, C, N) and dD (C).
     """
     TILES: tl.constexpr = SPAN // STEPS
     BLOCKS: tl.constexpr = (C + CHANNELS - 1) // CHANNELS
@@ -92,6 +93,7 @@ def ss2d_gradients(
     o_p = tl.arange(0, PP)
     b_D = tl.load(p_D + o_c, mask=m_c, other=0.0)
     narrow: tl.constexpr = tl.float32 if INTERPRET else p_x.dtype.element_ty
+    p_row_of_sums = p_parameters + i_g.to(tl.int64) * (4 * C * (R + 1 + N) + C)
     for sense in tl.static_range(2):
         k = axis + 2 * sense
         b_w, b_bias = weights(p_w, p_bias, k, o_c, m_c, C, R, RP, INTERPRET)
@@ -195,13 +197,11 @@ def ss2d_gradients(
                 # Loaded again: a tile that two products read in two layouts is not prefetched.
                 b_dt = projected_rows(p_row, m_t, PITCH, RP, INTERPRET)
                 b_dw = tl.dot(tl.trans(b_dt), b_dz, b_dw, input_precision=PRECISION)
-            o_sum = (i_g.to(tl.int64) * 4 + k) * C + o_c
-            tl.store(p_dA + o_sum * N + n, tl.sum(b_dA, 0) * LN2, mask=m_c)
+            tl.store(p_row_of_sums + 4 * C * (R + 1) + (k * C + o_c) * N + n, tl.sum(b_dA, 0) * LN2, mask=m_c)
             # What one lane stored another reads in the next walk.
             tl.debug_barrier()
-        o_sum = (i_g.to(tl.int64) * 4 + k) * C + o_c
-        tl.store(p_dbias + o_sum, tl.sum(b_dbias, 0) * LOG2E, mask=m_c)
+        tl.store(p_row_of_sums + 4 * C * R + k * C + o_c, tl.sum(b_dbias, 0) * LOG2E, mask=m_c)
         m_w = (o_r < R)[:, None] & m_c[None, :]
-        tl.store(p_dw + o_sum[None, :] * R + o_r[:, None], b_dw * LOG2E, mask=m_w)
+        tl.store(p_row_of_sums + (k * C + o_c)[None, :] * R + o_r[:, None], b_dw * LOG2E, mask=m_w)
         if FIRST and sense == 0:
-            tl.store(p_dD + i_g.to(tl.int64) * C + o_c, tl.sum(b_dD, 0), mask=m_c)
+            tl.store(p_row_of_sums + 4 * C * (R + 1 + N) + o_c, tl.sum(b_dD, 0), mask=m_c)
