@@ -61,6 +61,17 @@ VERBS = {
         "what a run has saved, and whether it is whole",
         own_help=True,
     ),
+    "convert": Verb(
+        "vmamba_dist.checkpoint.convert:main",
+        "FROM TO [--weights raw|ema] [--format …] [--model NAME]",
+        "checkpoints to and from safetensors, official weights, DeepSpeed",
+        own_help=True,
+    ),
+    "plan": Verb(
+        "vmamba_dist.scaling.command:main",
+        "config=FILE gpus=N gpu=KIND [node=N] [network=GB/s] [samples=N] [price=PER_GPU_HOUR] [key=value …]",
+        "memory, time and cost of a run before it is paid for, and the micro-batch that fits",
+    ),
     "doctor": Verb(
         "vmamba_dist.doctor:main",
         "",

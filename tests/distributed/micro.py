@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 # What a clock or a machine decides; every other value of a line is decided by training.
-TIMES = {"samples_per_s", "data_wait", "step_time", "mfu", "memory_gib"}
+TIMES = {"samples_per_s", "data_wait", "step_time", "mfu", "memory_gib", "slowest_rank", "behind"}
 
 
 def words(digits: Path, run_dir: Path, *more: str) -> list[str]:

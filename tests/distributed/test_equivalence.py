@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
-from typing import Any
-from unittest.mock import patch
 
 import pytest
-import torch
 
+from distributed.equivalence import (
+    BATCH,
+    BF16_TOLERANCE,
+    NORM_TOLERANCE,
+    STEPS,
+    TOLERANCE,
+    Lines,
+    by_engine,
+    distance,
+    learned,
+    resumed,
+)
 from distributed.micro import metrics, train, words
 from distributed.world import world
 from vmamba_dist.data.shards import pack
 
-pytestmark = pytest.mark.distributed
-STEPS = 20
-TOLERANCE = 1e-5
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
+SLOW = pytest.mark.slow
+BF16 = "precision.compute=bfloat16"
 
 
 @pytest.fixture(scope="module")
@@ -27,155 +36,120 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@contextmanager
-def no_gradient_mean() -> Iterator[None]:
-    from vmamba_dist.parallel.ddp import DdpEngine
-
-    right = DdpEngine.backward
-
-    def backward(self: Any, loss: torch.Tensor) -> None:
-        right(self, loss * torch.distributed.get_world_size())  # the sum over ranks, not their mean
-
-    with patch.object(DdpEngine, "backward", backward):
-        yield
-
-
-@contextmanager
-def no_clip() -> Iterator[None]:
-    from vmamba_dist.parallel.ddp import DdpEngine
-
-    right = DdpEngine.update
-    with patch.object(DdpEngine, "update", lambda self, max_norm: right(self, 0.0)):
-        yield
-
-
-@contextmanager
-def late_ema() -> Iterator[None]:
-    from vmamba_dist.train.ema import Ema
-
-    right = Ema.update
-    with patch.object(Ema, "update", lambda self, step: right(self, step - 1)):
-        yield
-
-
-@contextmanager
-def a_state_that_matters() -> Iterator[None]:
-    """Longer time steps and larger B and C: with fresh weights the state adds so little to y that 20 steps
-    without its carry move the loss by 2e-6 (measured)."""
-    from vmamba_dist.train import assemble
-
-    right = assemble.parallelize
-
-    def build(*args: Any, **options: Any) -> Any:
-        engine = right(*args, **options)
-        with torch.no_grad():
-            for name, weight in engine.weights().items():
-                if name.endswith("dt_projs_bias"):
-                    weight += 3
-                if name.endswith("x_proj_weight"):
-                    weight *= 30
-        return engine
-
-    with patch.object(assemble, "parallelize", build):
-        yield
-
-
-@contextmanager
-def lost_carry() -> Iterator[None]:
-    """The scan forgets its state half-way down the image."""
-    from vmamba_kernels import ss2d_scan as right
-
-    def scan(x: torch.Tensor, projected: torch.Tensor, *rest: Any, **options: Any) -> torch.Tensor:
-        half = x.shape[1] // 2
-        if half == 0:
-            return right(x, projected, *rest, **options)
-        top = right(x[:, :half], projected[:, :half], *rest, **options)
-        return torch.cat([top, right(x[:, half:], projected[:, half:], *rest, **options)], dim=1)
-
-    with patch("vmamba_dist.models.ss2d.ss2d_scan", scan):
-        yield
-
-
-MUTANTS = {f.__name__: f for f in (no_gradient_mean, no_clip, late_ema)}
-
-
-def train_mutant(args: list[str], mutant: str) -> str:
-    with MUTANTS[mutant]():
-        return train(args)
-
-
-def train_with_a_state_that_matters(args: list[str], mutant: bool) -> str:
-    with a_state_that_matters(), lost_carry() if mutant else nullcontext():
-        return train(args)
+@pytest.fixture(scope="module")
+def alone(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Lines:
+    return learned(digits, tmp_path_factory.mktemp("alone") / "run", 1)
 
 
 @pytest.fixture(scope="module")
-def alone(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    run_dir = tmp_path_factory.mktemp("alone")
-    world(1).run(train, words(digits, run_dir, f"run.max_steps={STEPS}"))
-    return metrics(run_dir)
+def alone_in_bf16(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Lines:
+    return learned(digits, tmp_path_factory.mktemp("alone") / "run", 1, BF16)
 
 
-def distance(a: list[dict[str, Any]], b: list[dict[str, Any]]) -> float:
-    """The largest difference in any loss, training's or evaluation's."""
-    keys = [(i, k) for i, line in enumerate(a) for k in line if k.endswith("loss")]
-    return max(abs(a[i][k] - b[i][k]) for i, k in keys)
-
-
-def test_the_run_learns_and_mixes(alone: list[dict[str, Any]]) -> None:
+def test_the_run_learns_and_mixes(alone: Lines, alone_in_bf16: Lines) -> None:
     assert [line["step"] for line in alone] == list(range(1, STEPS + 1))
-    assert alone[-1]["eval/raw/loss"] <= 0.8 * alone[0]["loss"]
-    assert (
-        max(line["grad_norm"] for line in alone) > 3 > min(line["grad_norm"] for line in alone)
-    )  # it clips some
+    for lines in (alone, alone_in_bf16):
+        assert lines[-1]["eval/raw/loss"] <= 0.8 * lines[0]["loss"]
+        assert lines[-1]["eval/ema/loss"] <= 0.8 * lines[0]["loss"]
+        norms = [line["grad_norm"] for line in lines]
+        assert max(norms) > 3 > min(norms)  # it clips some
 
 
-@pytest.mark.parametrize(("ranks", "micro"), [(2, 16), (4, 8), (2, 4), (1, 8)], ids=lambda n: str(n))
-def test_ranks_and_accumulation_learn_what_one_process_learns(
-    ranks: int, micro: int, digits: Path, alone: list[dict[str, Any]], tmp_path: Path
+# parallel.engine, ranks, samples a micro-batch: a rank's share of the 32 is one of them, or several.
+CELLS = [
+    pytest.param("ddp", 2, 16),
+    pytest.param("ddp", 4, 8),
+    pytest.param("ddp", 2, 4),
+    pytest.param("ddp", 1, 8),
+    pytest.param("fsdp", 4, 8),
+    pytest.param("fsdp", 2, 4),
+    pytest.param("fsdp", 1, 8, marks=SLOW),
+    pytest.param("hsdp", 4, 8, marks=SLOW),
+    pytest.param("hsdp", 4, 4),
+]
+
+
+@pytest.mark.parametrize(("engine", "ranks", "micro"), CELLS)
+def test_all_learn_what_one_process_learns(
+    engine: str, ranks: int, micro: int, digits: Path, alone: Lines, tmp_path: Path
 ) -> None:
-    more = (f"run.max_steps={STEPS}", f"parallel.micro_batch={micro}")
-    assert set(world(ranks).run(train, words(digits, tmp_path, *more))) == {"paused"}
-    lines = metrics(tmp_path)
+    lines = learned(digits, tmp_path, ranks, *by_engine(engine), f"parallel.micro_batch={micro}")
     assert [line["samples"] for line in lines] == [line["samples"] for line in alone]
     assert distance(alone, lines) <= TOLERANCE
+    assert distance(alone, lines, "grad_norm") <= NORM_TOLERANCE
 
 
-def test_recompute_changes_no_bit(digits: Path, tmp_path: Path, alone: list[dict[str, Any]]) -> None:
-    more = (f"run.max_steps={STEPS}", "parallel.recompute=block")
-    world(1).run(train, words(digits, tmp_path, *more))
-    assert metrics(tmp_path) == alone
+CELLS_IN_BF16 = [
+    pytest.param("ddp", 2, 16),
+    pytest.param("ddp", 4, 4, marks=SLOW),
+    pytest.param("fsdp", 4, 8, marks=SLOW),
+    pytest.param("fsdp", 2, 4),
+    pytest.param("hsdp", 4, 8, marks=SLOW),
+    pytest.param("hsdp", 4, 4, marks=SLOW),
+]
+
+
+@pytest.mark.parametrize(("engine", "ranks", "micro"), CELLS_IN_BF16)
+def test_all_learn_in_bfloat16_what_one_process_learns(
+    engine: str, ranks: int, micro: int, digits: Path, alone_in_bf16: Lines, tmp_path: Path
+) -> None:
+    lines = learned(digits, tmp_path, ranks, BF16, *by_engine(engine), f"parallel.micro_batch={micro}")
+    assert distance(alone_in_bf16, lines) <= BF16_TOLERANCE
+    # The first forward has the same weights: only the order in which samples' losses are summed differs.
+    assert lines[0]["loss"] == pytest.approx(alone_in_bf16[0]["loss"], abs=1e-6)
+
+
+@pytest.mark.parametrize("policy", ["block", "selective"])
+def test_recompute_changes_no_bit(policy: str, digits: Path, tmp_path: Path, alone: Lines) -> None:
+    assert learned(digits, tmp_path, 1, f"parallel.recompute={policy}") == alone
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+def test_recompute_and_offload_change_no_bit_of_a_sharded_run(digits: Path, tmp_path: Path) -> None:
+    plain = learned(digits, tmp_path / "plain", 2, *by_engine("fsdp"))
+    for word in ("parallel.recompute=block", "parallel.recompute=selective", "parallel.cpu_offload=true"):
+        assert learned(digits, tmp_path / word, 2, *by_engine("fsdp"), word) == plain
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("engine", "ranks"), [("ddp", 1), ("fsdp", 2)])
 def test_compiled_blocks_learn_what_eager_ones_learn(
-    digits: Path, tmp_path: Path, alone: list[dict[str, Any]]
+    engine: str, ranks: int, digits: Path, tmp_path: Path, alone: Lines
 ) -> None:
-    args = words(digits, tmp_path, "run.max_steps=3", "parallel.compile=block", "eval.every_epochs=0")
-    world(1).run(train, args, timeout_s=500)
+    words_of = [*by_engine(engine), "run.max_steps=3", "parallel.compile=block", "eval.every_epochs=0"]
+    world(ranks).run(train, words(digits, tmp_path, *words_of), timeout_s=500)
     losses = [line["loss"] for line in metrics(tmp_path)]
     assert losses == pytest.approx([line["loss"] for line in alone[:3]], abs=TOLERANCE)
 
 
-@pytest.mark.parametrize("mutant", sorted(MUTANTS))
-def test_a_mutant_is_seen(mutant: str, digits: Path, alone: list[dict[str, Any]], tmp_path: Path) -> None:
-    world(2).run(train_mutant, words(digits, tmp_path, f"run.max_steps={STEPS}"), mutant)
-    assert distance(alone, metrics(tmp_path)) > 10 * TOLERANCE
+@pytest.mark.parametrize(
+    ("engine", "mutant"),
+    [
+        ("ddp", "no_gradient_mean"),
+        ("ddp", "no_clip"),
+        ("ddp", "late_ema"),
+        ("fsdp", "whole_gradients_unreduced"),
+        *(pytest.param("fsdp", m, marks=SLOW) for m in ("no_gradient_mean", "no_clip", "late_ema")),
+    ],
+)
+def test_a_mutant_is_seen(engine: str, mutant: str, digits: Path, alone: Lines, tmp_path: Path) -> None:
+    lines = learned(digits, tmp_path, 2, *by_engine(engine), mutant=mutant, engine=engine)
+    assert distance(alone, lines) > 10 * TOLERANCE
 
 
-def test_a_lost_carry_is_seen(digits: Path, tmp_path: Path) -> None:
-    found = []
-    for i, (ranks, mutant) in enumerate(((1, False), (2, False), (2, True))):
-        args = words(digits, tmp_path / str(i), f"run.max_steps={STEPS}", "data.image_size=32")
-        world(ranks).run(train_with_a_state_that_matters, args, mutant)
-        found.append(metrics(tmp_path / str(i)))
-    assert distance(found[0], found[1]) <= TOLERANCE
-    assert distance(found[0], found[2]) > 10 * TOLERANCE
+@pytest.mark.parametrize("engine", ["ddp", pytest.param("fsdp", marks=SLOW)])
+def test_a_lost_carry_is_seen(engine: str, digits: Path, tmp_path: Path) -> None:
+    state, lost = "a_state_that_matters", "lost_carry_of_a_state_that_matters"
+    more = (*by_engine(engine), "data.image_size=32")
+    one = learned(digits, tmp_path / "one", 1, more[-1], mutant=state)
+    two = learned(digits, tmp_path / "two", 2, *more, mutant=state)
+    sick = learned(digits, tmp_path / "sick", 2, *more, mutant=lost)
+    assert distance(one, two) <= TOLERANCE
+    assert distance(one, sick) > 10 * TOLERANCE
 
 
 def test_a_resume_at_another_world_size_goes_on_within_rounding(
-    digits: Path, alone: list[dict[str, Any]], tmp_path: Path
+    digits: Path, alone: Lines, tmp_path: Path
 ) -> None:
     world(4).run(train, words(digits, tmp_path, "run.max_steps=7"))
     world(1).run(train, words(digits, tmp_path, "run.max_steps=13"))
@@ -184,3 +158,67 @@ def test_a_resume_at_another_world_size_goes_on_within_rounding(
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
     assert max(abs(a["loss"] - b["loss"]) for a, b in zip(alone, lines, strict=True)) <= TOLERANCE
     assert "attempt 3 begins at step 14" in (tmp_path / "train.log").read_text()
+
+
+SAVED, LATER = 10, 15  # steps
+
+
+@pytest.fixture(scope="module")
+def saved(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Lines]]:
+    """Of a sharding, on four ranks: a run that paused at step 10, and the lines of one that did not."""
+
+    @cache
+    def run(engine: str) -> tuple[Path, Lines]:
+        folder = tmp_path_factory.mktemp(engine)
+        for name, steps in (("saved", SAVED), ("unbroken", LATER)):
+            more = (f"data.global_batch={BATCH}", f"run.max_steps={steps}", "checkpoint.every_steps=100")
+            world(4).run(train, words(digits, folder / name, *more, *by_engine(engine)), timeout_s=240)
+        return folder / "saved", metrics(folder / "unbroken")
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("engine", "to", "ranks"),
+    [
+        ("fsdp", "fsdp", 4),
+        ("fsdp", "fsdp", 3),  # a third of few rows is none for some
+        pytest.param("hsdp", "ddp", 2, marks=SLOW),
+        *(pytest.param("fsdp", "fsdp", ranks, marks=SLOW) for ranks in (1, 2)),
+        *(pytest.param("fsdp", "ddp", ranks, marks=SLOW) for ranks in (1, 2, 3, 4)),
+        pytest.param("fsdp", "hsdp", 4, marks=SLOW),
+        pytest.param("hsdp", "hsdp", 4, marks=SLOW),
+        pytest.param("hsdp", "fsdp", 3, marks=SLOW),
+    ],
+)
+def test_what_four_ranks_saved_goes_on_anywhere(
+    engine: str,
+    to: str,
+    ranks: int,
+    saved: Callable[[str], tuple[Path, Lines]],
+    digits: Path,
+    tmp_path: Path,
+) -> None:
+    """Loaded bit for bit (asserted in `resumed`), and the next losses are those of the run that did not stop."""
+    run_dir, unbroken = saved(engine)
+    lines = resumed(run_dir, tmp_path / "run", digits, ranks, LATER, *by_engine(to))
+    assert [line["samples"] for line in lines] == [line["samples"] for line in unbroken]
+    losses, expected = ([line["loss"] for line in both] for both in (lines[SAVED:], unbroken[SAVED:]))
+    assert len(losses) == LATER - SAVED
+    if (to, ranks) == (engine, 4):
+        assert lines[SAVED:] == unbroken[SAVED:]
+    assert losses == pytest.approx(expected, rel=0, abs=TOLERANCE)
+
+
+@pytest.mark.slow
+def test_the_quick_start_learns_the_same_sharded(digits: Path, tmp_path: Path) -> None:
+    columns = {}
+    for engine in ("ddp", "fsdp"):
+        run_dir = tmp_path / engine
+        args = ["config=configs/quickstart.yaml", f"run.dir={run_dir}", f"data.train={digits}"]
+        args += ["run.max_steps=20", "telemetry.tensorboard=false", *by_engine(engine)]
+        world(2).run(train, args, timeout_s=400)
+        columns[engine] = [line["loss"] for line in metrics(run_dir)]
+    assert len(columns["ddp"]) == 20
+    assert columns["ddp"][-1] <= 0.8 * columns["ddp"][0]
+    assert columns["fsdp"] == pytest.approx(columns["ddp"], rel=0, abs=TOLERANCE)

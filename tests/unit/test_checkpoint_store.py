@@ -12,8 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmamba_dist.checkpoint import store
+from vmamba_dist.checkpoint import command, store
 from vmamba_dist.checkpoint.store import CheckpointError, Damaged, Manifest, Meta
+from vmamba_dist.config.schema import ConfigError
 
 
 def meta(step: int, **metrics: float) -> Meta:
@@ -232,3 +233,56 @@ def test_the_one_just_published_stays_though_later_steps_exist(tmp_path: Path) -
         make(tmp_path, step)
     gone = store.retire(tmp_path, make(tmp_path, 60), keep=2)
     assert {store.step_of(p) for p in gone} == {70}
+
+
+def test_the_command_tells_what_is_unfinished_from_what_is_damaged(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoints = tmp_path / "checkpoints"
+    with pytest.raises(ConfigError, match="no checkpoint there; name"):
+        command.main(["list", str(tmp_path)])
+    make(checkpoints, 10, top1=0.5)
+    make(checkpoints, 20)
+    (checkpoints / "step-000000030.tmp").mkdir()
+    for place in (tmp_path, checkpoints):
+        assert command.main(["list", str(place)]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert [line.split()[0] for line in lines] == [
+            "step-000000010",
+            "step-000000020",
+            "step-000000030.tmp",
+        ]
+        assert "top1 0.5" in lines[0]
+        assert "unfinished" in lines[2]
+    assert command.main(["verify", str(tmp_path)]) == 0
+    assert capsys.readouterr().out == "step-000000010  whole\nstep-000000020  whole\n"
+    cut(checkpoints / "step-000000010" / "__0_0.distcp")
+    assert command.main(["verify", str(tmp_path)]) == 1
+    assert "step-000000010  __0_0.distcp: truncated" in capsys.readouterr().out
+    assert command.main(["show", str(checkpoints / "step-000000020")]) == 0
+    assert "samples     140" in capsys.readouterr().out
+    for step in (10, 20):
+        store.remove(checkpoints / f"step-{step:09d}")
+    with pytest.raises(ConfigError, match=r"but step-000000030\.tmp, which is not finished"):
+        command.main(["list", str(tmp_path)])
+
+
+def test_a_checkpoint_that_the_run_deletes_meanwhile_is_not_called_damaged(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(tmp_path, 10)
+    make(tmp_path, 20)
+    listed = command.list_checkpoints
+
+    def list_then_retire(path: Path) -> list[Path]:
+        found = listed(path)
+        for gone in found[:1]:
+            store.remove(gone)
+        return found
+
+    monkeypatch.setattr(command, "list_checkpoints", list_then_retire)
+    assert command.main(["verify", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.startswith("step-000000010  deleted meanwhile")
+    make(tmp_path, 10)
+    assert command.main(["list", str(tmp_path)]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["step-000000020"]

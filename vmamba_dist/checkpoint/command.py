@@ -1,4 +1,8 @@
-"""`vmamba checkpoints`: what a run has saved, and whether it is whole."""
+"""`vmamba checkpoints`: what a run has saved, and whether it is whole.
+
+Law: a run may be saving and deleting meanwhile. What is still being written is told as that, and what was deleted
+while it was looked at is no damage.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,7 @@ from pathlib import Path
 from vmamba_dist.checkpoint.store import (
     CheckpointError,
     list_checkpoints,
+    list_unfinished,
     read_manifest,
     step_of,
     verify_checkpoint,
@@ -30,7 +35,11 @@ def main(words: Sequence[str]) -> int:
         )
     given = parser.parse_args(words)
     found = _checkpoints(given.path)
-    return {"list": _list, "verify": _verify, "show": _show}[given.verb](found)
+    status = {"list": _list, "verify": _verify, "show": _show}[given.verb](found)
+    if given.verb == "list" and step_of(given.path) is None:
+        for path in list_unfinished(found[0].parent):
+            print(f"{path.name}  unfinished: being written or deleted, or left by a kill")
+    return status
 
 
 def _checkpoints(path: Path) -> list[Path]:
@@ -40,7 +49,9 @@ def _checkpoints(path: Path) -> list[Path]:
     else:
         found = list_checkpoints(path / "checkpoints") or list_checkpoints(path)
     if not found:
-        raise ConfigError(f"{path}: no checkpoint there; name a run directory or a step-… folder")
+        begun = list_unfinished(path / "checkpoints") or list_unfinished(path)
+        hint = f" but {begun[0].name}, which is not finished" if begun else ""
+        raise ConfigError(f"{path}: no checkpoint there{hint}; name a run directory or a step-… folder")
     return found
 
 
@@ -50,8 +61,9 @@ def _list(found: Sequence[Path]) -> int:
         try:
             manifest = read_manifest(path)
         except CheckpointError as error:
-            damaged += 1
-            print(f"{path.name}  DAMAGED  {error}")
+            if path.exists():
+                damaged += 1
+                print(f"{path.name}  DAMAGED  {error}")
             continue
         meta = manifest.meta
         mib = sum(record.bytes for record in manifest.files.values()) / 2**20
@@ -66,6 +78,9 @@ def _verify(found: Sequence[Path]) -> int:
     damaged = 0
     for path in found:
         faults = verify_checkpoint(path)
+        if faults and not path.exists():
+            print(f"{path.name}  deleted meanwhile: the run keeps newer ones")
+            continue
         damaged += bool(faults)
         print(f"{path.name}  {'; '.join(map(str, faults)) or 'whole'}")
     return 1 if damaged else 0

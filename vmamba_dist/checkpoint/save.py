@@ -3,43 +3,58 @@
 Law: what `newest` returns is bit-equal to what some `save` was given, whenever that save was killed and
 whatever has happened to its files since. A failure on one rank is the same error on every rank.
 
-The order of a save is the whole safety: an empty step-N.tmp, the DCP files (each rank writes its share of
-the replicated tensors, fsynced), the sha256 of each file taken by the rank that wrote it, manifest.json
+The order of a save is the whole safety: an empty step-N.tmp, the data files (each rank writes the chunks
+dealt to it, fsynced), the sha256 of each file taken by the rank that wrote it, the index, manifest.json
 with fsync, the question whether a later attempt has begun, the rename, fsync of the parent, retention.
 The hash is of the file read back after its fsync; on the writer's node the bytes come from the page cache,
 so it costs the hashing alone. DCP has no checksum of its own: it loads a flipped bit silently.
+
+All of that happens on a thread of its own while training goes on, from copies, and its collectives over a
+process group of its own. A save that could not be written is told, counted and forgotten, until too many
+have failed in a row; one that a run ends with, or that finds a later attempt, is an error of the run.
 """
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import logging
-import pickle
 import shutil
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.storage import WriteResult
 
-from vmamba_dist.checkpoint import store
+from vmamba_dist.checkpoint import dcp, store
+from vmamba_dist.checkpoint.chunks import Chunk, Known, Part, Staging, deal, held
 from vmamba_dist.checkpoint.store import CheckpointError, Damaged, Fault, FileRecord, Manifest, Meta
 from vmamba_dist.config.schema import CheckpointConfig
-from vmamba_dist.core.dist import World, from_main, gather
+from vmamba_dist.core.dist import World, from_main, gather, gather_on_main, new_group
 from vmamba_dist.core.rundir import RunDir, Superseded
 
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
+_PATIENCE_S = 60.0  # between two words about a save that the run waits for
 
-METADATA = ".metadata"  # DCP's index of tensors, written by rank 0 after all data
+_FIXES = {
+    errno.ENOSPC: "free space there, or keep fewer with checkpoint.keep and checkpoint.keep_every",
+    errno.EDQUOT: "raise the quota there, or keep fewer with checkpoint.keep and checkpoint.keep_every",
+    errno.EFBIG: "raise the limit on a file's size (ulimit -f)",
+    errno.EROFS: "mount it writable, or take another run.dir",
+    errno.EACCES: "let this user write there, or take another run.dir",
+    errno.EPERM: "let this user write there, or take another run.dir",
+    errno.ENOTDIR: "something else has a directory's place there: move it away",
+    errno.ENOMEM: "free some memory, or set checkpoint.async_save=false, which copies nothing",
+    errno.EEXIST: "something else has a directory's place there: move it away",
+}
 
 
 @dataclass(frozen=True)
@@ -64,37 +79,186 @@ class _Failure:
 class Checkpoints:
     """The checkpoints of one run. Every method is a collective."""
 
-    def __init__(self, run: RunDir, cfg: CheckpointConfig, world: World, *, metric: str = "") -> None:
-        """`metric` is the key of Meta.metrics that `keep_best` goes by (…loss: small is better)."""
+    def __init__(
+        self, run: RunDir, cfg: CheckpointConfig, world: World, *, metric: str = "", timeout_s: float = 600.0
+    ) -> None:
+        """`metric` is the key of Meta.metrics that `keep_best` goes by (…loss: small is better).
+
+        A rank that waits longer than `timeout_s` for what another one writes takes it for lost.
+        """
         self.run = run
         self.cfg = cfg
         self.world = world
         self.metric = metric
+        self.failures = 0  # in a row
+        self._group = new_group(timeout_s)  # the thread's own
+        self._thread: threading.Thread | None = None
+        self._failure: CheckpointError | None = None  # of the last save
+        self._fatal: BaseException | None = None  # what no further save can mend
+        self._staging = Staging(world.device)
+        self._known: Known = {}
+        self._chunks: list[Chunk] = []  # that this rank holds, and their digest
+        self._digest = ""
+        self._digests: list[str] = []  # all ranks', and what follows from what they hold:
+        self._all: list[Chunk] = []  # every chunk there is
+        self._picks: list[int] = []  # which of its own this rank writes
 
-    def save(self, tensors: Mapping[str, Tensor], meta: Meta) -> Path:
-        """Write the checkpoint of meta.step and return its path; a whole one of that step is replaced.
+    def save(self, tensors: Mapping[str, Tensor], meta: Meta, *, wait: bool = True) -> Path:
+        """Save the tensors as they are now as the checkpoint of meta.step; return its path.
 
-        Replicated tensors are written once, spread over the ranks; DTensors by their owners. Raises
-        CheckpointError on all ranks, naming rank, path and cause; the earlier checkpoints are untouched
-        and step-N.tmp is gone. Raises Superseded where a later attempt has begun.
+        Returns once they are copied, and writes on while they may change; with `wait`, or without
+        checkpoint.async_save, once all is written. A save in flight is waited for first. Tensors that several
+        ranks have are written once, spread over them; DTensors by their owners; a tensor may also be with some
+        ranks only. A whole checkpoint of that step is replaced.
+
+        A failure leaves the earlier checkpoints as they are and no step-N.tmp. It is logged and counted; with
+        `wait` it raises CheckpointError on all ranks, naming rank, path and cause, else at the
+        checkpoint.max_failures-th in a row. Raises Superseded where a later attempt has begun.
         """
+        self._settle()
+        if not wait:  # the last save of a run is worth another try
+            self._check_failures()
         final = store.directory(self.run.checkpoints, meta.step)
-        path = store.temporary(final)
         try:
-            self._on_main(f"prepare {path}", lambda: self._prepare(final))
-            _together(self.world, f"write {path}", lambda: _write(tensors, path))
-            mine = _together(self.world, f"read back {path}", lambda: _hash_own_files(path, self.world.rank))
-            manifest = Manifest(
-                meta, {name: record for files in gather(mine) for name, record in files.items()}
+            self._on_main(f"begin {final}", self.run.check_attempt)
+            self._start(tensors, meta, final, wait=wait)
+        except CheckpointError as error:
+            self._failed(meta.step, error)
+        if self._thread is None:
+            self._settle()
+            if wait and self._failure is not None:
+                raise self._failure
+            self._check_failures()
+        return final
+
+    def reserve(self, tensors: Mapping[str, Tensor]) -> None:
+        """Make the memory for copies of these ready, in the background. A collective.
+
+        Without it the first save halts training for as long as the system takes to find that memory.
+        """
+        if self.cfg.async_save:
+            self.drain()
+            self._staging.reserve([chunk for chunk, _ in self._mine(tensors)])
+
+    def drain(self) -> None:
+        """Wait for the save in flight; nothing happens where there is none.
+
+        Raises CheckpointError where checkpoint.max_failures saves have failed in a row, Superseded where a later
+        attempt has begun, and what else went wrong there.
+        """
+        self._settle()
+        self._check_failures()
+
+    def close(self) -> None:
+        """Wait for the save in flight, on every way out of a run; what went wrong is logged, not raised."""
+        self._join()
+        if self._fatal is not None:
+            _log.error("the last save ended with %s: %s", type(self._fatal).__name__, self._fatal)
+        self._staging.release()
+
+    def _settle(self) -> None:
+        self._join()
+        if self._fatal is not None:
+            fatal, self._fatal = self._fatal, None
+            raise fatal
+
+    def _check_failures(self) -> None:
+        if self.failures >= self.cfg.max_failures:
+            raise CheckpointError(
+                f"{self.failures} saves in a row failed, and checkpoint.max_failures={self.cfg.max_failures}; "
+                f"the last: {self._failure}"
+            ) from self._failure
+
+    def _start(self, tensors: Mapping[str, Tensor], meta: Meta, final: Path, *, wait: bool) -> None:
+        mine = self._mine(tensors)
+        if wait or not self.cfg.async_save:
+            self._run(mine, meta, final)
+            return
+        copies = _together(self.world, f"copy for {final}", lambda: self._staging.copy(mine))
+        self._thread = threading.Thread(
+            target=self._run, args=(copies, meta, final), name=f"the save of step {meta.step}"
+        )
+        self._thread.start()
+
+    def _mine(self, tensors: Mapping[str, Tensor]) -> list[Part]:
+        """The parts that this rank writes: dealt out once, and again where any rank holds something else.
+
+        A collective.
+        """
+        parts = held(tensors, self._known)
+        chunks = [chunk for chunk, _ in parts]
+        if chunks != self._chunks:
+            self._chunks, self._digest = chunks, hashlib.sha256(repr(chunks).encode()).hexdigest()
+        digests = gather(self._digest)
+        if digests != self._digests:
+            alike = len(set(digests)) == 1
+            dealt = deal([chunks] * self.world.size if alike else gather(chunks))
+            own = set(dealt[self.world.rank])
+            self._all = [chunk for each in dealt for chunk in each]
+            self._picks = [i for i, chunk in enumerate(chunks) if chunk in own]
+            self._digests = digests
+        return [parts[i] for i in self._picks]
+
+    def _run(self, mine: Sequence[Part], meta: Meta, final: Path) -> None:
+        """Write and publish, and note how it went: whoever trains learns of it in `drain`."""
+        began = time.monotonic()
+        try:
+            if self.world.device.type == "cuda":
+                torch.cuda.set_device(self.world.device)  # a new thread's is the first, somebody else's
+            self._staging.wait()
+            self._publish_all(mine, meta, final)
+        except CheckpointError as error:
+            self._failed(meta.step, error)
+        except BaseException as error:  # noqa: BLE001 - raised again by drain
+            self._fatal = error
+        else:
+            self.failures, self._failure = 0, None
+            if self.world.is_main:
+                _log.info("saved step %d, written in %.1f s", meta.step, time.monotonic() - began)
+
+    def _publish_all(self, mine: Sequence[Part], meta: Meta, final: Path) -> None:
+        path = store.temporary(final)
+        rank = self.world.rank
+
+        def write() -> tuple[list[WriteResult], dict[str, FileRecord]]:
+            results = dcp.write_chunks({chunk: _source(tensor) for chunk, tensor in mine}, path, rank)
+            return results, {file.name: store.describe(file) for file in dcp.own_files(path, rank)}
+
+        try:
+            self._on_main(f"prepare {path}", lambda: self._prepare(final), self._group)
+            written = _together(self.world, f"write {path}", write, self._group)
+            of_all = gather_on_main(written, self._group)
+            self._on_main(
+                f"publish {final}",
+                lambda: self._publish(path, final, meta, of_all),
+                self._group,
             )
-            self._on_main(f"publish {final}", lambda: self._publish(path, final, manifest))
         except CheckpointError:
             if self.world.is_main:
                 shutil.rmtree(path, ignore_errors=True)  # the error itself is what has to be seen
             raise
         if self.world.is_main:
             self._retire(final)
-        return final
+
+    def _join(self) -> None:
+        while self._thread is not None:
+            self._thread.join(_PATIENCE_S)
+            if not self._thread.is_alive():
+                self._thread = None
+            elif self.world.is_main:
+                _log.info("waiting for %s", self._thread.name)
+
+    def _failed(self, step: int, error: CheckpointError) -> None:
+        self.failures += 1
+        self._failure = error
+        if self.world.is_main:
+            _log.error(
+                "step %d was not saved (failure %d in a row; the run stops at checkpoint.max_failures=%d): %s",
+                step,
+                self.failures,
+                self.cfg.max_failures,
+                error,
+            )
 
     def newest(self, *, at: Path | None = None) -> Found | None:
         """Find and verify the newest whole checkpoint of this run; None where none was ever published.
@@ -103,6 +267,7 @@ class Checkpoints:
         CheckpointError where there are only damaged ones: to begin anew would cut the run's metrics.
         With `at`, a checkpoint or a run directory, that one is meant: see `find`.
         """
+        self.drain()
         if at is not None:
             return find(at, self.world)
         self._on_main(f"look into {self.run.checkpoints}", lambda: store.recover(self.run.checkpoints))
@@ -130,8 +295,17 @@ class Checkpoints:
         self.run.check_attempt()
         store.prepare(final)
 
-    def _publish(self, path: Path, final: Path, manifest: Manifest) -> None:
-        store.write_manifest(path, manifest)
+    def _publish(
+        self,
+        path: Path,
+        final: Path,
+        meta: Meta,
+        written: Sequence[tuple[list[WriteResult], dict[str, FileRecord]]],
+    ) -> None:
+        dcp.write_index(path, self._all, [results for results, _ in written])
+        files = {name: record for _, records in written for name, record in records.items()}
+        files[dcp.METADATA] = store.describe(path / dcp.METADATA)
+        store.write_manifest(path, Manifest(meta, files))
         self.run.check_attempt()
         store.publish(path, final)
 
@@ -157,9 +331,9 @@ class Checkpoints:
 
         self._on_main(f"set {path} aside", rename)
 
-    def _on_main(self, what: str, action: Callable[[], None]) -> None:
+    def _on_main(self, what: str, action: Callable[[], None], group: dist.ProcessGroup | None = None) -> None:
         """Do on rank 0 what is its alone; an error there is raised everywhere."""
-        _together(self.world, what, lambda: action() if self.world.is_main else None)
+        _together(self.world, what, lambda: action() if self.world.is_main else None, group)
 
 
 def find(at: str | Path, world: World) -> Found:
@@ -193,35 +367,30 @@ def load(
     Names, shapes and dtypes must agree both ways; tensors of the checkpoint whose names begin with one of
     `allow_unused`, as "optim." for an evaluation, may stay unread. Raises CheckpointError naming the keys.
     """
-    _together(world, f"load {found.path}", lambda: _check_names(found.path, tensors, tuple(allow_unused)))
-    _together(world, f"load {found.path}", lambda: _read(tensors, found.path))
+    named = set().union(*gather(list(tensors)))
+    _together(
+        world, f"load {found.path}", lambda: _check_names(found.path, tensors, named, tuple(allow_unused))
+    )
+    _together(world, f"load {found.path}", lambda: dcp.fill(tensors, found.path))
 
 
-def _write(tensors: Mapping[str, Tensor], path: Path) -> None:
-    with _quiet_dcp():
-        state_dict_saver.save(
-            {name: tensor.detach() for name, tensor in tensors.items()},
-            storage_writer=FileSystemWriter(path, sync_files=True, overwrite=False),
-            no_dist=not dist.is_initialized(),
-        )
+def _source(tensor: Tensor) -> dcp.Source:
+    return lambda: tensor.contiguous()
 
 
-def _hash_own_files(path: Path, rank: int) -> dict[str, FileRecord]:
-    own = sorted(path.glob(f"__{rank}_*.distcp"))
-    if rank == 0:
-        own.append(path / METADATA)
-    return {file.name: store.describe(file) for file in own}
-
-
-def _check_names(path: Path, tensors: Mapping[str, Tensor], allow_unused: tuple[str, ...]) -> None:
-    stored = _read_index(path).state_dict_metadata
-    missing = sorted(name for name in tensors if name not in stored)
-    unused = sorted(name for name in stored if name not in tensors and not name.startswith(allow_unused))
+def _check_names(
+    path: Path, tensors: Mapping[str, Tensor], named: set[str], allow_unused: tuple[str, ...]
+) -> None:
+    """`named` is what any rank asks for: a tensor may be with some ranks only."""
+    stored = dcp.read_index(path)
+    missing = sorted(name for name in named if name not in stored)
+    unused = sorted(name for name in stored if name not in named and not name.startswith(allow_unused))
     differ = [
         f"{name} is {there}, here {here}"
         for name, tensor in sorted(tensors.items())
         if name in stored
-        and (there := _stored_kind(stored[name])) != (here := _kind(tensor.shape, tensor.dtype))
+        and (there := _kind(stored[name].shape, stored[name].dtype))
+        != (here := _kind(tensor.shape, tensor.dtype))
     ]
     problems = []
     if missing:
@@ -232,69 +401,6 @@ def _check_names(path: Path, tensors: Mapping[str, Tensor], allow_unused: tuple[
         problems.append(_some(differ))
     if problems:
         raise CheckpointError("; ".join(problems))
-
-
-def _read(tensors: Mapping[str, Tensor], path: Path) -> None:
-    with _quiet_dcp():
-        state_dict_loader.load(
-            {name: tensor.detach() for name, tensor in tensors.items()},
-            storage_reader=FileSystemReader(path),
-            no_dist=not dist.is_initialized(),
-        )
-
-
-@contextmanager
-def _quiet_dcp() -> Iterator[None]:
-    """Keep DCP from warning that a single process is a single process."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is", category=UserWarning)
-        yield
-
-
-class _IndexUnpickler(pickle.Unpickler):
-    """Builds what DCP's index consists of and nothing else: a checkpoint may come from outside."""
-
-    _CLASSES: ClassVar = {
-        "torch": {"Size"},
-        "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
-        "torch.distributed.checkpoint.metadata": {
-            "_MEM_FORMAT_ENCODING",
-            "BytesStorageMetadata",
-            "ChunkStorageMetadata",
-            "Metadata",
-            "MetadataIndex",
-            "StorageMeta",
-            "TensorProperties",
-            "TensorStorageMetadata",
-        },
-        "torch.serialization": {"_get_layout"},
-        "pathlib": {"PosixPath"},
-    }
-
-    def find_class(self, module: str, name: str) -> Any:
-        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if not is_dtype and name not in self._CLASSES.get(module, ()):
-            raise pickle.UnpicklingError(f"it refers to {module}.{name}")
-        return super().find_class(module, name)
-
-
-def _read_index(path: Path) -> Metadata:
-    try:
-        with (path / METADATA).open("rb") as file:
-            index = _IndexUnpickler(file).load()
-        if not isinstance(index, Metadata):
-            raise pickle.UnpicklingError(f"it is a {type(index).__name__}")
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{path / METADATA} is no index of tensors, and loading refuses it: {error}"
-        ) from error
-    return index
-
-
-def _stored_kind(entry: object) -> str:
-    return (
-        _kind(entry.size, entry.properties.dtype) if isinstance(entry, TensorStorageMetadata) else "no tensor"
-    )
 
 
 def _kind(shape: Sequence[int], dtype: torch.dtype) -> str:
@@ -352,7 +458,7 @@ def _confirmed(path: Path, manifest: Manifest, names: Sequence[str]) -> list[Fau
     return faults
 
 
-def _together(world: World, what: str, action: Callable[[], T]) -> T:
+def _together(world: World, what: str, action: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
     """Do something on every rank; where it fails on any, raise the same error on all. A collective.
 
     Catches what storage and checkpoints cause; anything else is a defect and stays as it is.
@@ -363,15 +469,22 @@ def _together(world: World, what: str, action: Callable[[], T]) -> T:
     try:
         result.append(action())
     except (OSError, CheckpointError, Superseded) as error:
-        failure = _Failure(world.rank, isinstance(error, Superseded), str(error) or repr(error))
+        failure = _Failure(world.rank, isinstance(error, Superseded), _told(error))
         cause = error
     except CheckpointException as error:  # DCP has told every rank already, and is no Exception
         rank, (inner, _) = next(iter(error.failures.items()))
         failure = _Failure(rank, False, f"{type(inner).__name__}: {inner}")
         cause = error
-    first = next((f for f in gather(failure) if f is not None), None)
+    first = next((f for f in gather(failure, group) if f is not None), None)
     if first is None:
         return result[0]
     kind = Superseded if first.superseded else CheckpointError
     message = first.text if first.superseded else f"rank {first.rank} could not {what}: {first.text}"
     raise kind(message) from cause
+
+
+def _told(error: Exception) -> str:
+    """The error in words, with what to do about it where that is known."""
+    text = str(error) or repr(error)
+    fix = _FIXES.get(error.errno or 0) if isinstance(error, OSError) else None
+    return f"{text}; {fix}" if fix else text

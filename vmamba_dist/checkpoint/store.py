@@ -113,6 +113,14 @@ def list_checkpoints(checkpoints: str | Path) -> list[Path]:
     return [entry for _, entry in sorted(found) if entry.is_dir()]
 
 
+def list_unfinished(checkpoints: str | Path) -> list[Path]:
+    """Return the directories of checkpoints that are being written or deleted, or were when a kill came."""
+    try:
+        return sorted(path for path in Path(checkpoints).iterdir() if _LEFT_OVER.fullmatch(path.name))
+    except FileNotFoundError:
+        return []
+
+
 def read_manifest(path: str | Path) -> Manifest:
     """Read manifest.json of a checkpoint directory.
 
@@ -153,6 +161,21 @@ def write_manifest(path: Path, manifest: Manifest) -> None:
 
 def _digest(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def sync_file(file: Path) -> None:
+    """Put what was written to a file through to the disk."""
+    with file.open("rb") as stream:
+        os.fsync(stream.fileno())
+
+
+def sync_tree(folder: Path) -> None:
+    """Put every file and name below a folder through to the disk; cheaper at the end than one by one."""
+    for path in [*folder.rglob("*"), folder]:
+        if path.is_file():
+            sync_file(path)
+        else:
+            sync_directory(path)
 
 
 def describe(file: Path) -> FileRecord:

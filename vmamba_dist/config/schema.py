@@ -7,6 +7,7 @@ trajectory and of the config digest. No torch in this package: `vmamba --help` m
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -29,6 +30,10 @@ def _require(ok: bool, key: str, value: object, fix: str) -> None:
         raise ConfigError(f"{key}={value!r}: {fix}")
 
 
+def _listed(values: Sequence[int]) -> str:
+    return " or ".join(filter(None, (", ".join(map(str, values[:-1])), str(values[-1]))))
+
+
 @dataclass(frozen=True)
 class RunConfig:
     """Where a run lives and how it starts."""
@@ -40,6 +45,12 @@ class RunConfig:
     )  # auto: newest whole checkpoint here | never: refuse if one is here | PATH
     allow_changes: bool = replaceable(False)  # go on although the trajectory's config differs
     max_steps: int | None = replaceable(None)  # stop after this step, with an evaluation and a checkpoint
+    loss_spike: float = replaceable(
+        0.0
+    )  # a loss above this times the median of the last 64 is a spike; 0: off
+    max_rollbacks: int = replaceable(
+        0
+    )  # how often a run may go back to its last checkpoint, past the bad data
 
     def __post_init__(self) -> None:
         _require(self.dir != "", "run.dir", self.dir, "give a folder")
@@ -51,6 +62,13 @@ class RunConfig:
             self.max_steps,
             "use 1 or more, or null",
         )
+        _require(
+            self.loss_spike == 0 or self.loss_spike > 1,
+            "run.loss_spike",
+            self.loss_spike,
+            "a factor over the usual loss: use more than 1, or 0 for off",
+        )
+        _require(self.max_rollbacks >= 0, "run.max_rollbacks", self.max_rollbacks, "use 0 or more")
 
 
 @dataclass(frozen=True)
@@ -244,11 +262,16 @@ class EmaConfig:
 class ParallelConfig:
     """How the work is spread. Nothing here changes what is computed, beyond rounding."""
 
-    engine: Literal["ddp"] = replaceable("ddp")  # one process runs without any wrapper
+    engine: Literal["ddp", "fsdp", "deepspeed"] = replaceable("ddp")  # one process runs without any wrapper
+    zero_stage: Literal[1, 2, 3] | None = replaceable(None)  # deepspeed's; null: 2
+    deepspeed_config: str = replaceable("")  # a JSON file of the user's own, merged; conflicts are errors
+    shard_size: int | None = replaceable(None)  # fsdp: ranks that share one copy; null: all
+    replicate_size: int | None = replaceable(None)  # fsdp: copies; null: what shard_size leaves
+    cpu_offload: bool = replaceable(False)  # fsdp, deepspeed: weights and optimizer in the host's memory
     micro_batch: int | None = replaceable(None)  # most samples a rank holds at once; null: all of its share
-    recompute: Literal["off", "block"] = replaceable(
+    recompute: Literal["off", "block", "selective"] = replaceable(
         "off"
-    )  # block: activations are recomputed block by block
+    )  # block: activations are recomputed block by block; selective: all but the scan's outputs
     compile: Literal["off", "block"] = replaceable("off")  # torch.compile a block; slow to start on a CPU
     timeout_s: float = replaceable(600.0)  # a collective that takes longer is a failure
 
@@ -260,6 +283,44 @@ class ParallelConfig:
             "use an even number (pairs stay together), or null",
         )
         _require(self.timeout_s > 0, "parallel.timeout_s", self.timeout_s, "use more than 0 s")
+        for key in ("shard_size", "replicate_size"):
+            value = getattr(self, key)
+            _require(value is None or value >= 1, f"parallel.{key}", value, "use 1 or more ranks, or null")
+        for keys, engines in (
+            (("zero_stage", "deepspeed_config"), ("deepspeed",)),
+            (("shard_size", "replicate_size"), ("fsdp",)),
+            (("cpu_offload",), ("fsdp", "deepspeed")),
+        ):
+            for key in keys:
+                value = getattr(self, key)
+                _require(
+                    not value or self.engine in engines,
+                    f"parallel.{key}",
+                    value,
+                    f"parallel.engine={self.engine} has no such option; leave it out, or use parallel.engine="
+                    + " or ".join(engines),
+                )
+
+    def copies_and_shards(self, world_size: int) -> tuple[int, int]:
+        """How many copies of the weights fsdp's ranks hold, and over how many ranks each is sharded.
+
+        Raises ConfigError where the two do not make up the world.
+        """
+        copies, shards = self.replicate_size, self.shard_size
+        copies = copies or (world_size // shards if shards else 1)
+        shards = shards or world_size // copies
+        if copies * shards != world_size:
+            given = [
+                f"parallel.{key}={value}"
+                for key in ("shard_size", "replicate_size")
+                if (value := getattr(self, key)) is not None
+            ]
+            fits = [n for n in range(1, world_size + 1) if world_size % n == 0]
+            raise ConfigError(
+                f"{' and '.join(given)} do not make up the {world_size} ranks of this run: "
+                f"use parallel.shard_size={_listed(fits)}, and leave parallel.replicate_size null"
+            )
+        return copies, shards
 
 
 @dataclass(frozen=True)
@@ -282,6 +343,8 @@ class CheckpointConfig:
     keep: int = replaceable(3)  # the newest ones
     keep_every: int = replaceable(0)  # also each whose step is a multiple of this; 0: none
     keep_best: bool = replaceable(True)  # also the best by eval.metric; a new best is saved at once
+    async_save: bool = replaceable(True)  # write while training goes on; costs a copy in the host's memory
+    max_failures: int = replaceable(3)  # saves that may fail in a row; then the run stops
 
     def __post_init__(self) -> None:
         _require(self.every_steps >= 1, "checkpoint.every_steps", self.every_steps, "use 1 or more")
@@ -292,6 +355,12 @@ class CheckpointConfig:
             "use 2 or more: a damaged newest one needs a predecessor",
         )
         _require(self.keep_every >= 0, "checkpoint.keep_every", self.keep_every, "use 0 or more")
+        _require(
+            self.max_failures >= 1,
+            "checkpoint.max_failures",
+            self.max_failures,
+            "use 1 or more: 1 stops at the first save that fails",
+        )
 
 
 @dataclass(frozen=True)

@@ -77,25 +77,27 @@ def pick_device(choice: str, local_rank: int) -> torch.device:
 
 
 @contextmanager
-def world(device: str = "auto", timeout_s: float = 600.0) -> Iterator[World]:
+def world(device: str = "auto", timeout_s: float = 600.0, *, alone_too: bool = False) -> Iterator[World]:
     """Join the processes that the launcher started, and leave them at the end.
 
-    A single process joins nothing: no process group exists, and the helpers below are the identity.
+    A single process joins nothing: no process group exists, and the helpers below are the identity. `alone_too`:
+    it makes a group of its own, which engines that shard do not work without.
     """
     rank, size = rank_and_size()
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     place = World(rank, size, local_rank, pick_device(device, local_rank))
     if place.device.type == "cuda":
         torch.cuda.set_device(place.device)
-    if size == 1 or dist.is_initialized():
+    if (size == 1 and not alone_too) or dist.is_initialized():
         yield place
         return
-    if int(os.environ.get("LOCAL_WORLD_SIZE", "0")) == size:
+    if int(os.environ.get("LOCAL_WORLD_SIZE", "0")) == size or size == 1:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # one machine: nothing needs to leave it
     backend = "cpu:gloo,cuda:nccl" if place.device.type == "cuda" else "gloo"
     dist.init_process_group(
         backend,
-        init_method=os.environ.get("VMAMBA_RENDEZVOUS", "env://"),
+        init_method=os.environ.get("VMAMBA_RENDEZVOUS", "env://") if size > 1 else None,
+        store=dist.HashStore() if size == 1 else None,  # type: ignore[attr-defined]
         rank=rank,
         world_size=size,
         timeout=timedelta(seconds=timeout_s),
@@ -108,6 +110,18 @@ def world(device: str = "auto", timeout_s: float = 600.0) -> Iterator[World]:
         dist.destroy_process_group()
 
 
+def new_group(timeout_s: float) -> dist.ProcessGroup | None:
+    """A gloo group of all ranks, for a thread that talks while the main one trains; None in a single process.
+
+    Two threads in one group would take each other's messages. A collective.
+    """
+    if not dist.is_initialized():
+        return None
+    group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+    assert isinstance(group, dist.ProcessGroup)
+    return group
+
+
 def agree(ok: bool) -> bool:
     """True where every rank says True. A collective over CPU tensors (syncs)."""
     if not dist.is_initialized():
@@ -117,12 +131,22 @@ def agree(ok: bool) -> bool:
     return bool(flag.item())
 
 
-def gather(value: T) -> list[T]:
+def gather(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
     """Every rank's value, in rank order, on every rank. A collective (pickles; syncs)."""
     if not dist.is_initialized():
         return [value]
     values: list[T] = [value] * dist.get_world_size()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=group)
+    return values
+
+
+def gather_on_main(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
+    """Every rank's value, in rank order, on rank 0; nothing on the others. A collective (pickles; syncs)."""
+    if not dist.is_initialized():
+        return [value]
+    is_main = dist.get_rank() == 0
+    values: list[T] = [value] * dist.get_world_size() if is_main else []
+    dist.gather_object(value, values if is_main else None, dst=0, group=group)
     return values
 
 

@@ -128,6 +128,14 @@ class RunDir:
         return self.path / "bad.jsonl"
 
     @property
+    def rollbacks(self) -> Path:
+        return self.path / "rollbacks.jsonl"
+
+    @property
+    def alive(self) -> Path:
+        return self.path / "alive"
+
+    @property
     def log(self) -> Path:
         return self.path / "train.log"
 

@@ -22,6 +22,11 @@ class TrainState:
     lanes: int = 0  # of the data order: chosen once a run
     nonfinite: int = 0  # steps whose update was not applied
     nonfinite_in_a_row: int = 0
+    losses: list[float] = field(
+        default_factory=list
+    )  # of the last applied steps: what a spike is measured by
+    spikes: int = 0  # steps whose loss was a spike, and which stand
+    rollbacks: int = 0  # times that the run went back to a checkpoint
     bad_in_epoch: int = 0  # samples replaced in the epoch `bad_epoch`
     bad_epoch: int = 0
     best: float | None = None  # the best evaluation so far

@@ -8,7 +8,7 @@ no buffers. Parameter names are the official ones; tokens are channel-last (B, H
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -99,8 +99,25 @@ class Mlp(nn.Module):
         return out
 
 
+Branches = Callable[[Tensor, Tensor | None], Tensor]  # a block's arithmetic: (x, keep) → x
+Recompute = Callable[[Branches, Tensor, Tensor | None], Tensor]
+
+
+def recompute_block(branches: Branches, x: Tensor, keep: Tensor | None) -> Tensor:
+    """Run a block and keep its input alone; the backward runs it again."""
+    # Nothing is drawn at random in a block: the generators' state need not be kept.
+    out: Tensor = checkpoint(branches, x, keep, use_reentrant=False, preserve_rng_state=False)
+    return out
+
+
 class Block(nn.Module):
-    """Pre-norm residual block on (B, H, W, C): SS2D, then an MLP where the variant has one."""
+    """Pre-norm residual block on (B, H, W, C): SS2D, then an MLP where the variant has one.
+
+    `recompute` runs the block's arithmetic in training in its own way; None runs it as it stands. It is called inside
+    forward, so that a compiled block holds it and a sharded one gathers its weights once for it and the backward.
+    """
+
+    recompute: Recompute | None
 
     def __init__(self, dim: int, variant: Variant, pattern: ScanPattern, backend: ScanBackend) -> None:
         super().__init__()
@@ -114,6 +131,7 @@ class Block(nn.Module):
             scan_pattern=pattern,
             scan_backend=backend,
         )
+        self.recompute = None
         self.has_mlp = variant.mlp_ratio > 0
         if self.has_mlp:
             self.norm2 = LayerNorm(dim)
@@ -121,6 +139,11 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, keep: Tensor | None = None) -> Tensor:
         """`keep` (B, 2) scales the SSM and the MLP branch of each sample; None keeps both."""
+        if self.recompute is not None and torch.is_grad_enabled():
+            return self.recompute(self._branches, x, keep)
+        return self._branches(x, keep)
+
+    def _branches(self, x: Tensor, keep: Tensor | None) -> Tensor:
         x = x + _kept(self.op(self.norm(x)), keep, 0)
         if self.has_mlp:
             x = x + _kept(self.mlp(self.norm2(x)), keep, 1)
@@ -181,7 +204,6 @@ class VMamba(nn.Module):
         self.num_classes = num_classes
         self.num_features = self.head_hidden_size = variant.dims[-1]
         self.global_pool = _checked_pool(global_pool)
-        self.grad_checkpointing = False
         last = max(variant.num_blocks - 1, 1)
         self.drop_path_rates = [variant.drop_path_rate * i / last for i in range(variant.num_blocks)]
         self.feature_info = [
@@ -294,11 +316,7 @@ class VMamba(nn.Module):
         for stage in self._stage_list()[:num_stages]:
             for i, block in enumerate(stage.blocks, start=first):
                 mask = None if keep is None else keep[:, 2 * i : 2 * i + 2]
-                if self.grad_checkpointing and torch.is_grad_enabled():
-                    # The block draws nothing at random: its generator state need not be kept.
-                    x = checkpoint(block, x, mask, use_reentrant=False, preserve_rng_state=False)
-                else:
-                    x = block(x, mask)
+                x = block(x, mask)
             first += len(stage.blocks)
             outputs.append(x)
             if len(outputs) < num_stages:
@@ -307,6 +325,13 @@ class VMamba(nn.Module):
 
     def _stage_list(self) -> list[Stage]:
         return [stage for stage in self.layers if isinstance(stage, Stage)]
+
+    def blocks(self) -> Iterator[Block]:
+        """Yield the blocks in order: what is recomputed, compiled and sharded as one."""
+        for stage in self._stage_list():
+            for block in stage.blocks:
+                assert isinstance(block, Block)
+                yield block
 
     def _draw_keep(self, x: Tensor) -> Tensor | None:
         if not self.training or self.variant.drop_path_rate == 0:
@@ -347,7 +372,13 @@ class VMamba(nn.Module):
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each block in the backward instead of keeping its activations."""
-        self.grad_checkpointing = enable
+        for block in self.blocks():
+            block.recompute = recompute_block if enable else None
+
+    @property
+    def grad_checkpointing(self) -> bool:
+        """Whether blocks are recomputed in the backward, wholly or in part."""
+        return any(block.recompute is not None for block in self.blocks())
 
     def no_weight_decay(self) -> set[str]:
         """Return the names of the recurrence's parameters, which Mamba's authors exempt from weight decay."""

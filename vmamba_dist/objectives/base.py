@@ -7,7 +7,7 @@ B batch, S image side, K classes.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -23,9 +23,11 @@ class Inputs:
     keys: list[str]
 
 
-@dataclass(frozen=True)
-class LossTerms:
-    """What backward starts from, and what a report wants to see."""
+class LossTerms(NamedTuple):
+    """What backward starts from, and what a report wants to see.
+
+    A tuple, because engines look for an output's tensors in tuples, lists and dicts alone.
+    """
 
     total: Tensor  # () mean over the micro-batch, with gradient
     per_sample: Tensor  # (B,) detached

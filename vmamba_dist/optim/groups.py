@@ -5,10 +5,11 @@ Law: the split is by name and official shape alone, so it is the same under ever
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vmamba_dist.config.schema import OptimConfig
 
@@ -17,7 +18,7 @@ _OFFICIAL_2D = ("dt_projs_bias",)
 _SSM = ("A_logs", "Ds", "dt_projs_bias")
 
 
-def decays(name: str, parameter: nn.Parameter, rule: Literal["ssm_exempt", "official"]) -> bool:
+def decays(name: str, parameter: Tensor, rule: Literal["ssm_exempt", "official"]) -> bool:
     """Whether weight decay applies to the parameter `name`.
 
     official: all but 1-D parameters and names ending in .bias, as the official optimizer does, so A_logs and
@@ -32,22 +33,30 @@ def decays(name: str, parameter: nn.Parameter, rule: Literal["ssm_exempt", "offi
 
 
 def build_optimizer(module: nn.Module, cfg: OptimConfig) -> torch.optim.AdamW:
-    """AdamW (fused, so that a step can be refused on the device) with its state already in place.
+    """AdamW over a module's parameters, with its state already in place."""
+    return build_adamw({n: p for n, p in module.named_parameters() if p.requires_grad}, cfg)
 
-    The state exists before the first step: a resume then loads into it instead of creating it.
+
+def build_adamw(named: Mapping[str, Tensor], cfg: OptimConfig) -> torch.optim.AdamW:
+    """AdamW over tensors of one device, fused, so that a step can be refused there, with its state in place.
+
+    The state exists before the first step: a resume then loads into it instead of creating it. The tensors may be
+    parts of parameters: AdamW works element by element.
     """
-    named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
     groups = [
-        {"params": [p for n, p in named if decays(n, p, cfg.decay)], "weight_decay": cfg.weight_decay},
-        {"params": [p for n, p in named if not decays(n, p, cfg.decay)], "weight_decay": 0.0},
+        {
+            "params": [t for n, t in named.items() if decays(n, t, cfg.decay)],
+            "weight_decay": cfg.weight_decay,
+        },
+        {"params": [t for n, t in named.items() if not decays(n, t, cfg.decay)], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(
         [g for g in groups if g["params"]], lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, fused=True
     )
-    for _, p in named:
-        optimizer.state[p] = {
-            "step": torch.zeros((), dtype=torch.float32, device=p.device),
-            "exp_avg": torch.zeros_like(p),
-            "exp_avg_sq": torch.zeros_like(p),
+    for tensor in named.values():
+        optimizer.state[tensor] = {
+            "step": torch.zeros((), dtype=torch.float32, device=tensor.device),
+            "exp_avg": torch.zeros_like(tensor),
+            "exp_avg_sq": torch.zeros_like(tensor),
         }
     return optimizer

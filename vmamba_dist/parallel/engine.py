@@ -75,3 +75,7 @@ class Engine(Protocol):
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Take over what a checkpoint filled into the tensors of `state()`. A collective."""
         ...
+
+    def close(self) -> None:
+        """Let go of the module and of what the engine has set up in the process; nothing can be asked afterwards."""
+        ...

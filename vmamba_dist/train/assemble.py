@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import socket
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -19,7 +20,7 @@ from vmamba_dist.checkpoint.save import Checkpoints, Found
 from vmamba_dist.config import Config, ConfigError, digest, to_dict, to_yaml, trajectory
 from vmamba_dist.core.dist import World, gather, on_main
 from vmamba_dist.core.log import logging_to, progress_bar
-from vmamba_dist.core.precision import autocast, compute_dtype
+from vmamba_dist.core.precision import compute_dtype
 from vmamba_dist.core.rundir import RunDir
 from vmamba_dist.core.state import TrainState
 from vmamba_dist.data.augment import DeviceTransform, Normalize
@@ -30,19 +31,22 @@ from vmamba_dist.data.shards import Index
 from vmamba_dist.data.stream import TrainStream, eval_batches
 from vmamba_dist.evaluation.classification import ClassificationEvaluator
 from vmamba_dist.models import create_model, flops
-from vmamba_dist.objectives.base import Inputs, LossTerms
 from vmamba_dist.objectives.classify import Classify
 from vmamba_dist.optim.schedule import build_schedule
 from vmamba_dist.parallel.plan import parallelize
+from vmamba_dist.train import rollback
 from vmamba_dist.train.ema import Ema
 from vmamba_dist.train.environment import describe_environment, record_environment
 from vmamba_dist.train.feed import Feed
-from vmamba_dist.train.health import find_nonfinite
+from vmamba_dist.train.health import autopsy
 from vmamba_dist.train.meter import Meter, MetricsLog, memory_gib, peak_tflops
+from vmamba_dist.train.pace import Pace
+from vmamba_dist.train.progress import Progress
 from vmamba_dist.train.record import Record, Writers
 from vmamba_dist.train.run import Every, Origin, Run, best_metric
 from vmamba_dist.train.sources import Sources
 from vmamba_dist.train.stopping import StopRequest
+from vmamba_dist.train.watch import Watch
 
 log = logging.getLogger(__name__)
 _OBJECTIVES = {"classify": Classify}
@@ -53,6 +57,10 @@ def assembled(cfg: Config, sources: Sources, world: World, stop: StopRequest) ->
     """Build a run, resumed where it has a checkpoint; everything is closed at the end. A collective."""
     with ExitStack() as closing:
         run_dir = _own(cfg, world, closing)
+        progress = Progress(world.device)
+        if world.size > 1:
+            watch = Watch(run_dir.alive, run_dir.attempt, world, progress, cfg.parallel.timeout_s)
+            closing.enter_context(watch.watching())
         state = TrainState()
         objective = build_objective(cfg, sources.num_classes)
         engine = parallelize(
@@ -63,10 +71,16 @@ def assembled(cfg: Config, sources: Sources, world: World, stop: StopRequest) ->
             world=world,
             seed=cfg.run.seed,
         )
+        closing.callback(engine.close)
         ema = Ema(engine, cfg.ema) if cfg.ema.enabled else None
         checkpoints = Checkpoints(
-            run_dir, cfg.checkpoint, world, metric=best_metric(cfg.eval, has_ema=ema is not None)
+            run_dir,
+            cfg.checkpoint,
+            world,
+            metric=best_metric(cfg.eval, has_ema=ema is not None),
+            timeout_s=cfg.parallel.timeout_s,
         )
+        closing.callback(checkpoints.close)
         identity = _identity(cfg, sources)
         found = _resume(cfg, checkpoints, identity)
         _describe(cfg, run_dir, world)
@@ -77,6 +91,7 @@ def assembled(cfg: Config, sources: Sources, world: World, stop: StopRequest) ->
             if ema is not None:
                 ema.load(tensors)
             state.load_dict(found.meta.state)
+        rollback.apply(state, on_main(lambda: rollback.recorded(run_dir.rollbacks)))
         state.lanes = state.lanes or choose_lanes(
             sources.train.num_samples,
             sources.train.mean_bytes,
@@ -97,7 +112,8 @@ def assembled(cfg: Config, sources: Sources, world: World, stop: StopRequest) ->
             total_samples=total_steps * cfg.data.global_batch,
         )
         state.align(cfg.data.global_batch, steps_per_epoch)
-        writers = _writers(cfg, run_dir, state, total_steps, closing) if world.is_main else None
+        pace = Pace(gather(socket.gethostname()), cfg.telemetry.log_every_steps) if world.size > 1 else None
+        writers = _writers(cfg, run_dir, state, total_steps, pace, closing) if world.is_main else None
         bad_log = BadLog(run_dir.bad)
         stream = TrainStream(
             sources.train,
@@ -122,16 +138,18 @@ def assembled(cfg: Config, sources: Sources, world: World, stop: StopRequest) ->
                 cfg.augment, sources.num_classes, cfg.objective.label_smoothing, seed=cfg.run.seed
             ),
             world.device,
+            progress,
             accumulate=sources.accumulate,
             on_bad=bad_log.note,
         )
-        compute = compute_dtype(cfg.precision.compute)
         shape = (cfg.data.image_size, cfg.data.image_size)
-        peak = peak_tflops(world.device, cfg.telemetry.peak_tflops, compute)
+        peak = peak_tflops(world.device, cfg.telemetry.peak_tflops, compute_dtype(cfg.precision.compute))
         record = Record(
             state,
             writers,
-            autopsy=lambda: _autopsy(objective, feed, world.device, compute),
+            cfg.run,
+            rollbacks=run_dir.rollbacks,
+            autopsy=lambda: autopsy(engine, map(feed.prepare, progress.through(feed.recent, "autopsy"))),
             flops_per_sample=flops.train_flops_per_image(cfg.model.name, *shape, sources.num_classes),
             peak_flops=peak * 1e12 * world.size if peak else None,
             memory_gib=lambda: memory_gib(world.device),
@@ -142,12 +160,13 @@ def assembled(cfg: Config, sources: Sources, world: World, stop: StopRequest) ->
             state=state,
             engine=engine,
             ema=ema,
+            progress=progress,
             feed=feed,
             schedule=schedule,
-            meter=Meter(world),
+            meter=Meter(world, progress),
             record=record,
             stop=stop,
-            evaluator=build_evaluator(cfg, sources.evaluation, sources.num_classes, world),
+            evaluator=build_evaluator(cfg, sources.evaluation, sources.num_classes, world, progress),
             checkpoints=checkpoints,
             origin=Origin(
                 world.size, cfg.parallel.engine, digest(identity), identity, {"config": to_dict(cfg)}
@@ -177,11 +196,14 @@ def build_objective(cfg: Config, num_classes: int) -> Classify:
         return _OBJECTIVES[cfg.objective.name](backbone, seed=cfg.run.seed)
 
 
-def build_evaluator(cfg: Config, index: Index, num_classes: int, world: World) -> ClassificationEvaluator:
+def build_evaluator(
+    cfg: Config, index: Index, num_classes: int, world: World, progress: Progress
+) -> ClassificationEvaluator:
     """The evaluator of a split."""
     normalize = Normalize(cfg.augment)
-    return ClassificationEvaluator(
-        lambda: eval_batches(
+
+    def batches() -> Iterator[Batch]:
+        found = eval_batches(
             index,
             cfg.eval,
             image_size=cfg.data.image_size,
@@ -189,7 +211,11 @@ def build_evaluator(cfg: Config, index: Index, num_classes: int, world: World) -
             rank=world.rank,
             world=world.size,
             workers=cfg.data.workers,
-        ),
+        )
+        return progress.through(found, "evaluation")
+
+    return ClassificationEvaluator(
+        batches,
         lambda batch, device: normalize(batch.images, device),
         num_samples=index.num_samples,
         world=world,
@@ -275,7 +301,12 @@ def _steps_between(epochs: float, steps_per_epoch: int) -> int:
 
 
 def _writers(
-    cfg: Config, run_dir: RunDir, state: TrainState, total_steps: int, closing: ExitStack
+    cfg: Config,
+    run_dir: RunDir,
+    state: TrainState,
+    total_steps: int,
+    pace: Pace | None,
+    closing: ExitStack,
 ) -> Writers:
     """Rank 0's outputs, cut to what the loaded checkpoint knows."""
     metrics = MetricsLog(run_dir.metrics, after_step=state.step)
@@ -287,7 +318,7 @@ def _writers(
         text = "\n".join(f"    {line}" for line in to_yaml(cfg).splitlines())
         tensorboard.add_text("config", text, state.step)
     bar = closing.enter_context(progress_bar(total_steps))
-    return Writers(metrics, tensorboard, bar, cfg.telemetry.log_every_steps, total_steps)
+    return Writers(metrics, tensorboard, bar, pace, cfg.telemetry.log_every_steps, total_steps)
 
 
 def _shown(batches: Iterator[Batch], writers: Writers | None, count: int) -> Iterator[Batch]:
@@ -297,17 +328,3 @@ def _shown(batches: Iterator[Batch], writers: Writers | None, count: int) -> Ite
             writers.tensorboard.add_images("train/augmented", first.images[:count].numpy(), first.step)
         yield first
     yield from batches
-
-
-def _autopsy(objective: Classify, feed: Feed, device: torch.device, compute: torch.dtype) -> str:
-    """Say what was first non-finite in the last two steps, on which ranks, with which samples. A collective."""
-
-    def forward(inputs: Inputs) -> LossTerms:
-        with autocast(device, compute):
-            terms: LossTerms = objective(inputs)
-        return terms
-
-    found = (find_nonfinite(objective, forward, feed.prepare(batch)) for batch in feed.recent)
-    told = gather(next((f for f in found if f is not None), None))
-    named = [f"rank {rank}: {what}" for rank, what in enumerate(told) if what is not None]
-    return "; ".join(named) or "every tensor is finite when the last samples are run again"

@@ -11,10 +11,10 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from vmamba_dist.config.schema import EmaConfig
 from vmamba_dist.parallel.engine import Engine
+from vmamba_dist.parallel.materialise import local
 
 
 class Ema:
@@ -35,8 +35,8 @@ class Ema:
     @torch.no_grad()
     def update(self, step: int) -> None:
         """mean ← mean + (1 − decay)(weights − mean)."""
-        mean = [_local(t) for t in self._mean.values()]
-        live = [_local(t) for t in self._live.values()]
+        mean = [local(t) for t in self._mean.values()]
+        live = [local(t) for t in self._live.values()]
         torch._foreach_lerp_(mean, live, 1 - self.decay(step))
 
     def state(self) -> dict[str, Tensor]:
@@ -61,13 +61,7 @@ class Ema:
     def _swap(self) -> None:
         # Values and not storage: an engine keeps views of its weights. One tensor at a time, so one copy is extra.
         for name, live in self._live.items():
-            here, there = _local(live), _local(self._mean[name])
+            here, there = local(live), local(self._mean[name])
             before = here.clone()
             here.copy_(there)
             there.copy_(before)
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """This rank's part of a DTensor, sharing its memory; any other tensor as it is."""
-    whole = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    return whole.detach()

@@ -15,6 +15,7 @@ from vmamba_dist.core.dist import World, end_with_parent, launched_by_torchrun, 
 from vmamba_dist.core.precision import be_deterministic
 from vmamba_dist.core.state import TrainState
 from vmamba_dist.train.assemble import build_evaluator, build_objective
+from vmamba_dist.train.progress import Progress
 from vmamba_dist.train.sources import open_evaluation
 
 
@@ -45,7 +46,7 @@ def evaluate(args: Sequence[str], place: World) -> dict[str, float | str]:
     load(found, tensors, place, allow_unused=unused)
     state = TrainState()
     state.load_dict(found.meta.state)
-    result = build_evaluator(cfg, index, num_classes, place)(objective, state)
+    result = build_evaluator(cfg, index, num_classes, place, Progress(place.device))(objective, state)
     return {
         "checkpoint": str(found.path),
         "weights": weights,

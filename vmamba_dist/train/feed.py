@@ -13,6 +13,7 @@ import torch
 from vmamba_dist.data.augment import DeviceTransform
 from vmamba_dist.data.batch import BadSample, Batch
 from vmamba_dist.objectives.base import Inputs
+from vmamba_dist.train.progress import Progress
 
 
 class Feed:
@@ -23,6 +24,7 @@ class Feed:
         batches: Iterator[Batch],
         transform: DeviceTransform,
         device: torch.device,
+        progress: Progress,
         *,
         accumulate: int,
         on_bad: Callable[[list[BadSample]], None],
@@ -30,6 +32,7 @@ class Feed:
         self._batches = batches
         self._transform = transform
         self._device = device
+        self._progress = progress
         self._memory = 2 * accumulate
         self._on_bad = on_bad
         self.recent: list[Batch] = []
@@ -40,6 +43,7 @@ class Feed:
         return self
 
     def __next__(self) -> Inputs:
+        self._progress.at("data")
         start = time.perf_counter()
         batch = next(self._batches)
         self._waited += time.perf_counter() - start

@@ -33,18 +33,22 @@ def lookahead(items: Iterable[T]) -> Iterator[tuple[bool, T]]:
 
 def train(run: Run) -> Outcome:
     """Train until the budget, `run.max_steps`, or a stop request. A collective, step by step."""
-    state, engine = run.state, run.engine
+    state, engine, progress = run.state, run.engine, run.progress
     while not (run.finished or run.paused):
+        progress.begin(state.step + 1)
         lr = run.schedule(state.samples)
         engine.set_lr(lr)
         losses: list[Tensor] = []
         data_step = 0
         for last, inputs in lookahead(islice(run.feed, run.accumulate)):
             with engine.microbatch(sync=last):
+                progress.at("forward")
                 terms = engine(inputs)
+                progress.at("backward")  # up to the last of these a rank works on its own
                 engine.backward(terms.total / run.accumulate)
             losses.append(terms.total.detach())
             data_step = inputs.step
+        progress.at("update")
         update = engine.update(run.clip)  # applies only where the norm is finite, decided on the device
         state.advance(samples=run.batch_size, data_step=data_step, steps_per_epoch=run.steps_per_epoch)
         if run.ema is not None:
@@ -54,6 +58,7 @@ def train(run: Run) -> Outcome:
         waited, bad = run.feed.tally()
         before = run.meter.record(
             step=state.step,
+            data_step=data_step,
             epoch=epoch,
             seen=(step_in_epoch + 1) * run.batch_size,
             samples=state.samples,
@@ -78,7 +83,7 @@ def train(run: Run) -> Outcome:
         stopping = run.record.note(report, evaluation) or stopping
         is_best = run.save_best and regular and state.evals_since_best == 0
         if saving or stopping or is_best or run.finished:
-            run.save(evaluation)
+            run.save(evaluation, wait=stopping or at_end)
         if stopping and not run.finished:
             log.info("asked to stop: saved step %d; the same command goes on from there", state.step)
             return Outcome.REQUEUE

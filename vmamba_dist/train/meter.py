@@ -19,11 +19,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from vmamba_dist.core.dist import World
+from vmamba_dist.core.gpus import peak_tflops_of
 from vmamba_dist.core.rundir import sync_directory
 from vmamba_dist.parallel.engine import Update
-
-# Dense bf16 peak of one device in TFLOP/s, by a part of its name (vendors' data sheets).
-_PEAK_TFLOPS = {"B200": 2250.0, "H200": 989.0, "H100": 989.0, "A100": 312.0, "L40S": 362.0, "4090": 165.0}
+from vmamba_dist.train.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -31,6 +30,7 @@ class Report:
     """One step as all ranks saw it. `loss` is the mean over the global batch."""
 
     step: int
+    data_step: int  # which of the data order it learned from
     epoch: int
     seen: int  # samples of the epoch, this step's included
     samples: int
@@ -43,11 +43,14 @@ class Report:
     data_wait: float  # share of the step's time that the mean rank waited for samples
     step_time: float  # seconds between two records on this rank; ranks meet in every step
     samples_per_s: float
+    waits: tuple[float, ...]  # seconds that each rank waited for samples
+    own: tuple[float, ...]  # seconds that each rank worked on its own in the step before; 0 where unknown
 
 
 @dataclass
 class _Pending:
     step: int
+    data_step: int
     epoch: int
     seen: int
     samples: int
@@ -62,8 +65,9 @@ class _Pending:
 class Meter:
     """Collects a step's numbers and gives back the ones of the step before."""
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: World, progress: Progress) -> None:
         self._world = world
+        self._progress = progress
         self._pending: _Pending | None = None
         self._last = time.perf_counter()
 
@@ -75,6 +79,7 @@ class Meter:
         self,
         *,
         step: int,
+        data_step: int,
         epoch: int,
         seen: int,
         samples: int,
@@ -90,12 +95,18 @@ class Meter:
         now = time.perf_counter()
         step_time, self._last = now - self._last, now
         before = self.drain()
-        device = self._world.device
+        rank, size, device = self._world.rank, self._world.size, self._world.device
         loss = torch.stack(losses).double().mean()
-        host = torch.tensor([waited / step_time, float(bad), float(stop)], dtype=torch.float64)
+        host = torch.zeros(
+            2 + 2 * size, dtype=torch.float64
+        )  # a sum in which each rank has places of its own
+        host[0], host[1] = bad, stop
+        host[2 + rank], host[2 + size + rank] = waited, self._progress.own_time()
         sums = torch.cat([loss.reshape(1), host.to(device, non_blocking=True)])
         work = dist.all_reduce(sums, async_op=True) if dist.is_initialized() else None
-        self._pending = _Pending(step, epoch, seen, samples, batch, lr, update, sums, work, step_time)
+        self._pending = _Pending(
+            step, data_step, epoch, seen, samples, batch, lr, update, sums, work, step_time
+        )
         return before
 
     def drain(self) -> Report | None:
@@ -103,12 +114,15 @@ class Meter:
         p, self._pending = self._pending, None
         if p is None:
             return None
+        self._progress.at("report", p.step)
         if p.work is not None:
             p.work.wait()
-        loss, wait, bad, stop = p.sums.tolist()
         size = self._world.size
+        loss, bad, stop, *times = p.sums.tolist()
+        waits, own = tuple(times[:size]), tuple(times[size:])
         return Report(
             step=p.step,
+            data_step=p.data_step,
             epoch=p.epoch,
             seen=p.seen,
             samples=p.samples,
@@ -118,9 +132,11 @@ class Meter:
             applied=bool(p.update.applied),
             stop=stop > 0,
             bad=int(bad),
-            data_wait=wait / size,
+            data_wait=sum(waits) / size / p.step_time,
             step_time=p.step_time,
             samples_per_s=p.batch / p.step_time,
+            waits=waits,
+            own=own,
         )
 
 
@@ -130,8 +146,7 @@ def peak_tflops(device: torch.device, configured: float, compute: torch.dtype) -
         return configured
     if device.type != "cuda" or compute != torch.bfloat16:
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in _PEAK_TFLOPS.items() if part in name), None)
+    return peak_tflops_of(torch.cuda.get_device_name(device))
 
 
 def memory_gib(device: torch.device) -> float:

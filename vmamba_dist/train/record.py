@@ -9,14 +9,19 @@ import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
+from vmamba_dist.config.schema import RunConfig
+from vmamba_dist.core.dist import on_main
 from vmamba_dist.core.log import Bar
 from vmamba_dist.core.state import TrainState
-from vmamba_dist.train.health import TrainingStoppedError, note_bad, note_step
+from vmamba_dist.train import rollback
+from vmamba_dist.train.health import TrainingStoppedError, Verdict, note_bad, note_step
 from vmamba_dist.train.meter import MetricsLog, Report
+from vmamba_dist.train.pace import Pace, slowest
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +33,7 @@ class Writers:
     metrics: MetricsLog
     tensorboard: SummaryWriter | None
     bar: Bar
+    pace: Pace | None  # None where there is one rank
     log_every: int
     total_steps: int
 
@@ -39,7 +45,9 @@ class Record:
         self,
         state: TrainState,
         writers: Writers | None,
+        cfg: RunConfig,
         *,
+        rollbacks: Path,
         autopsy: Callable[[], str],
         flops_per_sample: float,
         peak_flops: float | None,
@@ -49,6 +57,8 @@ class Record:
     ) -> None:
         self._state = state
         self._writers = writers
+        self._cfg = cfg
+        self._rollbacks = rollbacks
         self._autopsy = autopsy
         self._flops_per_sample = flops_per_sample
         self._peak_flops = peak_flops
@@ -59,19 +69,18 @@ class Record:
     def note(self, report: Report | None, evaluation: dict[str, float] | None = None) -> bool:
         """Judge and write one report; True where a rank was asked to stop.
 
-        Raises TrainingStoppedError on every rank after the third non-finite step in a row, or where more
-        samples are unreadable than data.max_bad_fraction allows.
+        After the third non-finite step in a row, or a loss spike, raises RollBack on every rank, or
+        TrainingStoppedError where no roll-back is left; also where more samples are unreadable than
+        data.max_bad_fraction allows.
         """
         if report is None:
             return False
         evaluation = evaluation or {}
         if self._writers is not None:
             self._write(self._writers, report, evaluation)
-        if note_step(self._state, report):
-            raise self._stopped(
-                f"steps up to {report.step} gave {self._state.nonfinite_in_a_row} non-finite gradients in a row: "
-                f"{self._autopsy()}"
-            )
+        verdict = note_step(self._state, report, spike=self._cfg.loss_spike)
+        if verdict is not None:
+            self._treat(report, verdict)
         allowed = note_bad(
             self._state, report, fraction=self._max_bad_fraction, epoch_samples=self._epoch_samples
         )
@@ -90,12 +99,40 @@ class Record:
             if self._writers.tensorboard is not None:
                 self._writers.tensorboard.flush()
 
+    def _treat(self, report: Report, verdict: Verdict) -> None:
+        """Go back past the steps that led astray, or stop, or say it. A collective."""
+        state, most = self._state, self._cfg.max_rollbacks
+        if not verdict.fatal and not most:
+            self._warn(f"{verdict.why}; run.max_rollbacks=0, so it stands")
+            return
+        why = verdict.why if verdict.finite else f"{verdict.why}: {self._autopsy()}"
+        blamed = rollback.to_leave_out(report.data_step, verdict.steps, state.skipped)
+        if state.rollbacks < most:
+            entry = rollback.Entry(state.rollbacks + 1, report.step, blamed, why)
+            on_main(lambda: rollback.record(self._rollbacks, entry))
+            self._warn(
+                f"{why}; going back, {rollback.name(blamed)} left out (roll-back {entry.number} of {most})"
+            )
+            raise rollback.RollBack(why)
+        if most:
+            left_out = rollback.name(state.skipped)
+            why += (
+                f"; run.max_rollbacks={most} is spent, with {left_out} left out, and now it is "
+                f"{rollback.name(blamed)}: look at the data and the learning rate, or raise run.max_rollbacks"
+            )
+        raise self._stopped(why)
+
+    def _warn(self, what: str) -> None:
+        if self._writers is not None:
+            log.warning("%s", what)
+
     def _stopped(self, why: str) -> TrainingStoppedError:
         if self._writers is not None:
             log.error("%s", why)
         return TrainingStoppedError(why)
 
     def _write(self, to: Writers, report: Report, evaluation: dict[str, float]) -> None:
+        late = slowest(report.own, report.waits, report.step_time) if to.pace is not None else None
         mfu = self._flops_per_sample * report.samples_per_s / self._peak_flops if self._peak_flops else None
         line: dict[str, Any] = {
             "step": report.step,
@@ -111,6 +148,8 @@ class Record:
             "step_time": report.step_time,
             "mfu": mfu,
             "memory_gib": self._memory_gib(),
+            "slowest_rank": late.rank if late is not None else None,
+            "behind": late.behind if late is not None else None,
             **evaluation,
         }
         # JSON has no NaN: a number that is not finite is null, and `applied` says so.
@@ -121,6 +160,8 @@ class Record:
                 if key != "step" and value is not None:
                     name = key if "/" in key else f"train/{key}"
                     to.tensorboard.add_scalar(name, float(value), report.step)
+        if to.pace is not None:
+            to.pace.note(report)
         to.bar.show(report.step, f"loss {report.loss:.4f}  {report.samples_per_s:.0f} samples/s")
         if not report.applied:
             log.warning(

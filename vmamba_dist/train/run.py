@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -21,10 +20,9 @@ from vmamba_dist.parallel.engine import Engine
 from vmamba_dist.train.ema import Ema
 from vmamba_dist.train.feed import Feed
 from vmamba_dist.train.meter import Meter
+from vmamba_dist.train.progress import Progress
 from vmamba_dist.train.record import Record
 from vmamba_dist.train.stopping import StopRequest, note_evaluation, out_of_patience
-
-log = logging.getLogger(__name__)
 
 
 class Outcome(enum.Enum):
@@ -68,6 +66,7 @@ class Run:
     state: TrainState
     engine: Engine
     ema: Ema | None
+    progress: Progress
     feed: Feed
     schedule: Schedule
     meter: Meter
@@ -122,8 +121,9 @@ class Run:
         """Every tensor of a checkpoint, by canonical name. A collective."""
         return self.engine.state() | (self.ema.state() if self.ema is not None else {})
 
-    def save(self, evaluation: dict[str, float]) -> None:
-        """Publish a checkpoint of this step; the metrics up to it are on the disk first. A collective."""
+    def save(self, evaluation: dict[str, float], *, wait: bool) -> None:
+        """Save this step, the metrics up to it on the disk first; with `wait` it is published. A collective."""
+        self.progress.at("saving")
         self.record.sync()
         meta = Meta(
             step=self.state.step,
@@ -133,8 +133,7 @@ class Run:
             metrics=evaluation,
             **dataclasses.asdict(self.origin),
         )
-        self.checkpoints.save(self.tensors(), meta)
-        log.info("saved step %d", self.state.step)
+        self.checkpoints.save(self.tensors(), meta, wait=wait)
 
 
 def best_metric(cfg: EvalConfig, *, has_ema: bool) -> str:

@@ -28,6 +28,7 @@ class Sources:
 def open_sources(cfg: Config, world_size: int) -> Sources:
     """Read and check the indices. Raises ConfigError naming the key, the numbers and the fix."""
     check_model(cfg)
+    cfg.parallel.copies_and_shards(world_size)
     if not cfg.data.train:
         raise ConfigError("data.train is not set: give a folder of shards, as `vmamba shards pack` makes it")
     train = read_index(cfg.data.train, cfg.data.split)

@@ -1,0 +1,48 @@
+"""How the fused scan will be cut on a GPU, read from the kernels' own table without importing them or torch.
+
+Law: the table is vmamba_kernels/ss2d/tiles.json; the rule for shapes that it does not name is that of
+vmamba_kernels/ss2d/tiles.py, repeated here because reading that module loads torch. A test compares the two.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+
+class Cut(NamedTuple):
+    """Steps a segment and a tile, and channels that a program of the backward takes."""
+
+    span: int
+    steps: int
+    channels: int
+
+
+def cut(generation: str, channels: int, length: int, state: int, element: int) -> Cut:
+    """Return the cut of a scan over `length` tokens, for a device generation (sm_90) and bytes an element."""
+    named = _table().get((generation, channels, length, state, element))
+    return _default(length) if named is None else named
+
+
+def _default(length: int) -> Cut:
+    wanted = 28 if length >= 56 * 28 else 14 if length >= 7 * 14 else 7
+    steps = 2 if length >= 392 else 1
+    fitting = [n for n in range(wanted // 2, 2 * wanted + 1) if length % n == 0 and n % steps == 0]
+    return Cut(min(fitting, key=lambda n: abs(n - wanted), default=wanted), steps, 16)
+
+
+@cache
+def _table() -> dict[tuple[str, int, int, int, int], Cut]:
+    package = importlib.util.find_spec("vmamba_kernels")
+    assert package is not None
+    assert package.origin is not None
+    rows = json.loads((Path(package.origin).parent / "ss2d" / "tiles.json").read_text(encoding="utf-8"))
+    return {
+        tuple(row[key] for key in ("generation", "channels", "length", "state", "bytes")): Cut(
+            row["plan"]["span"], row["plan"]["steps"], row["plan"]["gradients"]
+        )
+        for row in rows
+    }
