@@ -32,6 +32,7 @@ TOLERANCE = 1e-5  # of a loss, in float32
 # product rounds. Measured over 20 steps at 1 to 4 ranks: 1.7e-3 to 2.9e-3, DDP and FSDP alike.
 BF16_TOLERANCE = 1e-2
 NORM_TOLERANCE = 1e-4  # of a gradient norm of about 3, in float32; measured: 3e-6
+BF16_NORM_TOLERANCE = 1e-1  # measured: 1.6e-2 to 3.1e-2
 BATCH = 48  # divides over 1, 2, 3 and 4 ranks
 ALONE = World(0, 1, 0, torch.device("cpu"))
 

