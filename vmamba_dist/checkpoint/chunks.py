@@ -47,7 +47,7 @@ Known = dict[str, tuple[object, Chunk]]  # by tensor: what its chunk followed fr
 
 
 def held(tensors: Mapping[str, Tensor], known: Known) -> list[Part]:
-    """This rank's part of every tensor, sharing its memory; nothing for a shard that has no elements.
+    """This rank's part of every tensor, sharing its memory; a shard may have no elements.
 
     `known` keeps the chunks for the next call: to ask a DTensor for its place costs 70 µs, with training waiting.
     """
@@ -56,8 +56,6 @@ def held(tensors: Mapping[str, Tensor], known: Known) -> list[Part]:
         own = tensor.detach()
         if isinstance(own, DTensor):
             local = own.to_local()
-            if not local.numel() and own.numel():
-                continue
             facts: object = (own.shape, own.dtype, own.device_mesh, own.placements)
         else:
             local, facts = own, (own.shape, own.dtype)

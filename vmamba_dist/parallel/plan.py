@@ -37,9 +37,7 @@ def parallelize(
     if parallel.compile == "block":
         for block in objective.backbone.blocks():
             block.compile(dynamic=False)  # inductor fails on the symbolic sizes of a second stage (2.14)
-    if (
-        parallel.engine == "deepspeed"
-    ):  # it shards, materialises and initialises in one: its own engine wants it so
+    if parallel.engine == "deepspeed":  # shards, materialises and initialises in one, as its own engine wants
         engine: Engine = load_engine(world.device).DeepSpeedEngine(
             objective, parallel=parallel, optim=optim, compute=compute, world=world, seed=seed
         )
