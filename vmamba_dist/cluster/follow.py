@@ -187,7 +187,7 @@ def _blame(ranks: list[Task], errors: list[Task]) -> str:
     silent = [task for task in ranks if task.result is None]
     if silent:
         task = silent[0]
-        text = f"rank {task.rank} ended without a word: killed, or out of memory"
+        text = f"rank {task.rank} ended without a word: killed, out of memory, or ended for the reason in the log"
     else:
         task = min(errors, key=lambda error: error.ended_at)
         _, trace = task.result or ("error", "")
