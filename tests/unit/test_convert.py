@@ -12,7 +12,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from vmamba_dist.checkpoint import dcp, formats, store
+from distributed.micro import train, words
+from shardsets import make_set
+from vmamba_dist.checkpoint import command, dcp, formats, store
 from vmamba_dist.checkpoint.convert import convert, main
 from vmamba_dist.checkpoint.save import Checkpoints
 from vmamba_dist.checkpoint.store import CheckpointError, Meta
@@ -295,6 +297,29 @@ def test_what_ds_to_universal_leaves_is_read(tmp_path: Path, stage: int) -> None
     (folder / "zero" / bare / "exp_avg.pt").unlink()
     with pytest.raises(ConfigError, match=r"exp_avg\.pt is missing"):
         convert(tmp_path, tmp_path / "other", model=MODEL)
+
+
+def test_a_run_starts_from_official_weights(tmp_path: Path) -> None:
+    """By way of a checkpoint at step 0; its first step is the first one of the weights that were given."""
+    images = make_set(tmp_path / "images", count=64, num_classes=CLASSES)
+    torch.save({"model": export_official(RAW)}, tmp_path / "official.pth")
+    start = tmp_path / "start"
+    convert(tmp_path / "official.pth", start, model=MODEL)
+    assert command.main(["verify", str(start)]) == 0
+    few = [
+        "run.max_steps=1",
+        "data.global_batch=4",
+        "eval.split=train",
+        "optim.lr=1e-12",
+        "optim.weight_decay=0",
+    ]
+    resume = [f"run.resume={start}", "run.allow_changes=true"]
+    assert train(words(images, tmp_path / "run", *few, *resume)) == "paused"
+    found = canonical(store.list_checkpoints(tmp_path / "run" / "checkpoints")[-1])
+    trained = {n.removeprefix("model.backbone."): t for n, t in found[0].items() if n.startswith("model.")}
+    assert found[1].step == 1
+    for name, tensor in weights(RAW).items():
+        assert torch.allclose(trained[name], tensor, atol=1e-9), name
 
 
 # What must not happen

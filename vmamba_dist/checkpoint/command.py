@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vmamba_dist.checkpoint.store import (
+    MANIFEST,
     CheckpointError,
     list_checkpoints,
     list_unfinished,
@@ -36,7 +37,7 @@ def main(words: Sequence[str]) -> int:
     given = parser.parse_args(words)
     found = _checkpoints(given.path)
     status = {"list": _list, "verify": _verify, "show": _show}[given.verb](found)
-    if given.verb == "list" and step_of(given.path) is None:
+    if given.verb == "list" and given.path not in found:
         for path in list_unfinished(found[0].parent):
             print(f"{path.name}  unfinished: being written or deleted, or left by a kill")
     return status
@@ -44,7 +45,7 @@ def main(words: Sequence[str]) -> int:
 
 def _checkpoints(path: Path) -> list[Path]:
     """The checkpoints that `path` means, oldest first. Raises ConfigError where there is none."""
-    if step_of(path) is not None:
+    if step_of(path) is not None or (path / MANIFEST).exists():
         found = [path] if path.is_dir() else []
     else:
         found = list_checkpoints(path / "checkpoints") or list_checkpoints(path)

@@ -4,8 +4,8 @@ Law: what is there stays as it is unless --overwrite is given; the result is wri
 whole. Every pair of formats goes: a source is brought to canonical names, and what a training state needs beyond
 weights is made new (an average that equals the weights, moments of zero at step 0), and said.
 
-Tensors pass one at a time, so a model of two billion parameters needs little memory; only official files are held
-whole in memory, both ways, since torch.save knows nothing else.
+Tensors pass one at a time, so a model of two billion parameters needs little memory: about half a GiB for a canonical
+target, a file of it. Official files alone are held whole in memory, both ways, since torch.save knows nothing else.
 """
 
 from __future__ import annotations
