@@ -2,14 +2,16 @@
 
 Law: it equals the composition of the block's modules but for rounding; a test holds the two together, and everything
 that must see the modules (compile, hooks, selective recompute) gets the composition. Kept for the backward are the
-residual stream, the scan's inputs and states and the MLP's hidden tokens before GELU; norms, SiLU and GELU are
-computed again where they are needed, in kernels that read those tensors anyway. Weights are cast in one call a forward.
+residual stream and the scan's inputs and states; norms, SiLU, GELU and the MLP's first product are computed again in
+the backward: the hidden tokens were a third of what a block kept, and cost 2 % of a step to make again. Weights are
+cast in one call a forward.
 
 Shapes: M = B*H*W rows of C channels; D inner channels, F hidden ones, K = 4 directions, R time-step rank, N states.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -18,6 +20,8 @@ from torch import Tensor, nn
 
 from vmamba_dist.models.ss2d import SS2D, LayerNorm
 from vmamba_kernels import rows
+from vmamba_kernels.launch import own_code, unobserved
+from vmamba_kernels.ss2d.op import scan_backward, scan_forward
 
 if TYPE_CHECKING:
     from vmamba_dist.models.vmamba import Block
@@ -62,6 +66,31 @@ class Weights(NamedTuple):
 CAST_FROM = Weights._fields.index("in_proj")  # these and all that follow compute in autocast's precision
 
 
+class Ops(NamedTuple):
+    """The operations of a block that are not torch's own."""
+
+    norm: Callable[..., Any]
+    add_norm: Callable[..., Any]
+    add_branch: Callable[..., Any]
+    scan: Callable[..., Any]
+    scale_and_sum: Callable[..., Any]
+    gelu_backward: Callable[..., Any]
+    norm_backward: Callable[..., Any]
+    add_norm_backward: Callable[..., Any]
+    scan_backward: Callable[..., Any]
+
+
+OPS = Ops(
+    rows.norm, rows.add_norm, rows.add_branch, scan_forward,
+    rows.scale_and_sum, rows.gelu_backward, rows.norm_backward, rows.add_norm_backward, scan_backward,
+)  # fmt: skip
+OWN_CODE = Ops(*(own_code(op) for op in OPS))
+
+
+def _ops(x: Tensor) -> Ops:
+    return OWN_CODE if unobserved(x) else OPS
+
+
 class Kept(NamedTuple):
     """What the backward begins with."""
 
@@ -75,7 +104,6 @@ class Kept(NamedTuple):
     y_stats: Tensor
     x1: Tensor  # (M, C), after the first branch, and its rows' statistics
     x1_stats: Tensor
-    hidden: Tensor  # (M, F), before GELU
 
 
 def weights_of(block: Block) -> Weights:
@@ -144,26 +172,25 @@ def _forward(
     batch, height, width, dim = x.shape
     per, dtype = height * width, w.in_proj.dtype
     first, second = _columns(keep)
+    ops = _ops(x)
     x_rows = x.reshape(-1, dim).contiguous()
-    normed, x_stats = rows.norm(x_rows, w.norm_weight, w.norm_bias, plan.eps, dtype)
+    normed, x_stats = ops.norm(x_rows, w.norm_weight, w.norm_bias, plan.eps, dtype)
     before = torch.mm(normed, w.in_proj.t()).view(batch, height, width, -1)
     after = _convolve(before, w)
     u = F.silu(after)
     channels = u.shape[-1]
     projected = F.linear(u, _padded_x_proj(w.x_proj, plan))
-    y, states = torch.ops.vmamba.ss2d_scan(
-        u, projected, *_scan_inputs(plan, w, channels), plan.pattern, plan.backend, save
-    )
+    y, states = ops.scan(u, projected, *_scan_inputs(plan, w, channels), plan.pattern, plan.backend, save)
     y = y.view(-1, channels)
-    normed, y_stats = rows.norm(y, w.out_norm_weight, w.out_norm_bias, plan.eps, dtype)
+    normed, y_stats = ops.norm(y, w.out_norm_weight, w.out_norm_bias, plan.eps, dtype)
     branch = torch.mm(normed, w.out_proj.t())
-    x1, normed, x1_stats = rows.add_norm(x_rows, branch, first, per, w.norm2_weight, w.norm2_bias, plan.eps)
+    x1, normed, x1_stats = ops.add_norm(x_rows, branch, first, per, w.norm2_weight, w.norm2_bias, plan.eps)
     hidden = torch.addmm(w.fc1_bias, normed, w.fc1.t())
     branch = torch.addmm(w.fc2_bias, F.gelu(hidden), w.fc2.t())
-    out = rows.add_branch(x1, branch, second, per).view(x.shape)
+    out = ops.add_branch(x1, branch, second, per).view(x.shape)
     if not save:
         return out, None
-    return out, Kept(x_rows, x_stats, before, after, projected, states, y, y_stats, x1, x1_stats, hidden)
+    return out, Kept(x_rows, x_stats, before, after, projected, states, y, y_stats, x1, x1_stats)
 
 
 def _columns(keep: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
@@ -226,28 +253,32 @@ def _backward(
     per, dtype = height * width, w.in_proj.dtype
     channels = kept.y.shape[1]
     first, second = _columns(keep)
+    ops = _ops(d_out)
 
     # The MLP, from its branch's end.
     d_out = d_out.view(-1, dim)
-    d_branch, d_fc2_bias = rows.scale_and_sum(d_out, second, per, dtype)
-    d_hidden, g, d_fc1_bias = rows.gelu_backward(kept.hidden, torch.mm(d_branch, w.fc2))
+    d_branch, d_fc2_bias = ops.scale_and_sum(d_out, second, per, dtype)
+    normed, _ = ops.norm(kept.x1, w.norm2_weight, w.norm2_bias, plan.eps, dtype)
+    hidden = torch.addmm(w.fc1_bias, normed, w.fc1.t())
+    d_hidden, g, d_fc1_bias = ops.gelu_backward(hidden, torch.mm(d_branch, w.fc2))
+    del hidden
     d_fc2 = torch.mm(d_branch.t(), g)
-    del g, d_branch
-    d_x1, d_branch, d_norm2, normed = rows.add_norm_backward(
+    d_fc1 = torch.mm(d_hidden.t(), normed)
+    del g, d_branch, normed
+    d_x1, d_branch, d_norm2, _ = ops.add_norm_backward(
         torch.mm(d_hidden, w.fc1), d_out, kept.x1, kept.x1_stats, w.norm2_weight, w.norm2_bias, first, per
     )
-    d_fc1 = torch.mm(d_hidden.t(), normed)
-    del d_hidden, normed
+    del d_hidden
 
     # SS2D, from out_proj to in_proj.
-    d_y, d_out_norm, normed = rows.norm_backward(
+    d_y, d_out_norm, normed = ops.norm_backward(
         torch.mm(d_branch, w.out_proj), kept.y, kept.y_stats, w.out_norm_weight, w.out_norm_bias, dtype
     )
     d_out_proj = torch.mm(d_branch.t(), normed)
     del d_branch, normed
     u = F.silu(kept.after_conv)
     dt, dt_bias, a, skip = _scan_inputs(plan, w, channels)
-    d_u, d_projected, d_dt, d_dt_bias, d_a, d_skip = torch.ops.vmamba.ss2d_scan_backward(
+    d_u, d_projected, d_dt, d_dt_bias, d_a, d_skip = ops.scan_backward(
         d_y.view(u.shape), kept.states, u, kept.projected, dt, dt_bias, a, skip, plan.pattern, plan.backend
     )
     del d_y
@@ -266,7 +297,7 @@ def _backward(
     del d_after
     d_before = d_before.permute(0, 2, 3, 1).reshape(-1, channels)
     # The residual's gradient joins here; nothing is kept of it.
-    d_x, _, d_norm, normed = rows.add_norm_backward(
+    d_x, _, d_norm, normed = ops.add_norm_backward(
         torch.mm(d_before, w.in_proj), d_x1, kept.x, kept.x_stats, w.norm_weight, w.norm_bias, None, per
     )
     d_in_proj = torch.mm(d_before.t(), normed)

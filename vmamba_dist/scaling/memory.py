@@ -76,6 +76,8 @@ class Job:
             classes=self.classes,
             generation=self.gpu.generation,
             cascade=cfg.model.scan_pattern == "cascade",
+            # ZeRO-3 gathers weights module by module, and a compiled block is composed of them.
+            fuse=cfg.parallel.zero_stage != 3 and cfg.parallel.compile == "off",
         )
         try:
             return list(found)

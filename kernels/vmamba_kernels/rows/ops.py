@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vmamba_kernels.backend import backend_for, interpreted
+from vmamba_kernels.launch import custom_op, launch
 
 if importlib.util.find_spec("triton") is not None:
     import triton
@@ -56,7 +57,7 @@ def _stride(keep: Tensor | None) -> int:
     return 0 if keep is None else keep.stride(0)
 
 
-@torch.library.custom_op("vmamba::norm", mutates_args=())
+@custom_op("vmamba::norm")
 def norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Return LayerNorm(x) in `dtype`, and of each row the mean and 1 / standard deviation (2, M)."""
     if not _as_triton(x):
@@ -76,7 +77,7 @@ def _norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtyp
     return y.to(dtype), torch.stack((mean.view(-1), rstd.view(-1)))
 
 
-@torch.library.custom_op("vmamba::add_norm", mutates_args=())
+@custom_op("vmamba::add_norm")
 def add_norm(
     x: Tensor, branch: Tensor, keep: Tensor | None, per: int, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -96,7 +97,7 @@ def _(
     return torch.empty_like(x), torch.empty_like(branch), stats
 
 
-@torch.library.custom_op("vmamba::add_branch", mutates_args=())
+@custom_op("vmamba::add_branch")
 def add_branch(x: Tensor, branch: Tensor, keep: Tensor | None, per: int) -> Tensor:
     """Return x + keep * branch in x's dtype."""
     if not _as_triton(x):
@@ -119,16 +120,18 @@ def _launch_norm(
     tile, padded, warps = _tiles(channels)
     stats = x.new_empty((2, rows if y is not None else 0), dtype=torch.float32)
     with torch.cuda.device_of(x):
-        rows_norm[(triton.cdiv(rows, tile),)](
-            x, _or(branch, x), _or(keep, x), _or(weight, x), _or(bias, x), total, _or(y, x), stats, rows, per,
-            _stride(keep), eps,
-            C=channels, CP=padded, ROWS=tile, BRANCH=branch is not None, KEEP=keep is not None, NORM=y is not None,
-            num_warps=warps,
+        launch(
+            rows_norm,
+            (triton.cdiv(rows, tile),),
+            (x, _or(branch, x), _or(keep, x), _or(weight, x), _or(bias, x), total, _or(y, x), stats, rows, per,
+             _stride(keep), eps),
+            {"C": channels, "CP": padded, "ROWS": tile, "BRANCH": branch is not None, "KEEP": keep is not None,
+             "NORM": y is not None, "num_warps": warps},
         )  # fmt: skip
     return stats
 
 
-@torch.library.custom_op("vmamba::norm_backward", mutates_args=())
+@custom_op("vmamba::norm_backward")
 def norm_backward(
     dy: Tensor, x: Tensor, stats: Tensor, weight: Tensor, bias: Tensor, again: torch.dtype | None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -161,7 +164,7 @@ def _norm_backward(
     return dx, torch.stack((dw, db)), y
 
 
-@torch.library.custom_op("vmamba::add_norm_backward", mutates_args=())
+@custom_op("vmamba::add_norm_backward")
 def add_norm_backward(
     dy: Tensor,
     residual: Tensor,
@@ -213,15 +216,17 @@ def _launch_norm_backward(
     y = x.new_empty(0) if again is None else torch.empty_like(x, dtype=again)
     sums = x.new_empty((programs, 2, channels), dtype=torch.float32)
     with torch.cuda.device_of(x):
-        rows_norm_backward[(programs,)](
-            dy, x, stats, weight, bias, _or(residual, x), _or(keep, x), dx, shared, y, sums, rows, per, _stride(keep),
-            C=channels, CP=padded, ROWS=tile, PROGRAMS=programs, RESIDUAL=residual is not None,
-            BRANCH=branch is not None, KEEP=keep is not None, VALUE=again is not None, num_warps=warps,
+        launch(
+            rows_norm_backward,
+            (programs,),
+            (dy, x, stats, weight, bias, _or(residual, x), _or(keep, x), dx, shared, y, sums, rows, per, _stride(keep)),
+            {"C": channels, "CP": padded, "ROWS": tile, "PROGRAMS": programs, "RESIDUAL": residual is not None,
+             "BRANCH": branch is not None, "KEEP": keep is not None, "VALUE": again is not None, "num_warps": warps},
         )  # fmt: skip
     return dx, y, shared, sums.sum(0)
 
 
-@torch.library.custom_op("vmamba::scale_and_sum", mutates_args=())
+@custom_op("vmamba::scale_and_sum")
 def scale_and_sum(x: Tensor, keep: Tensor | None, per: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Return keep * x in `dtype`, and its sum over rows (C)."""
     if not _as_triton(x):
@@ -231,9 +236,12 @@ def scale_and_sum(x: Tensor, keep: Tensor | None, per: int, dtype: torch.dtype) 
     y = torch.empty_like(x, dtype=dtype)
     grid, sums = _walk(x)
     with torch.cuda.device_of(x):
-        rows_scale[grid](
-            x, _or(keep, x), y, sums, rows, per, _stride(keep),
-            C=channels, COLUMNS=COLUMNS, ROWS=TILE // COLUMNS, PROGRAMS=grid[0], KEEP=keep is not None, num_warps=4,
+        launch(
+            rows_scale,
+            grid,
+            (x, _or(keep, x), y, sums, rows, per, _stride(keep)),
+            {"C": channels, "COLUMNS": COLUMNS, "ROWS": TILE // COLUMNS, "PROGRAMS": grid[0], "KEEP": keep is not None,
+             "num_warps": 4},
         )  # fmt: skip
     return y, sums.sum(0)
 
@@ -243,7 +251,7 @@ def _(x: Tensor, keep: Tensor | None, per: int, dtype: torch.dtype) -> tuple[Ten
     return torch.empty_like(x, dtype=dtype), x.new_empty(x.shape[1], dtype=_wide(x))
 
 
-@torch.library.custom_op("vmamba::gelu_backward", mutates_args=())
+@custom_op("vmamba::gelu_backward")
 def gelu_backward(h: Tensor, dg: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return dh of g = GELU(h) by the error function, g, and the sum of dh over rows (C)."""
     if not _as_triton(h):
@@ -253,9 +261,11 @@ def gelu_backward(h: Tensor, dg: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     dh, g = torch.empty_like(h), torch.empty_like(h)
     grid, sums = _walk(h)
     with torch.cuda.device_of(h):
-        rows_gelu_backward[grid](
-            h, dg, dh, g, sums, rows,
-            C=channels, COLUMNS=COLUMNS, ROWS=TILE // COLUMNS, PROGRAMS=grid[0], num_warps=4,
+        launch(
+            rows_gelu_backward,
+            grid,
+            (h, dg, dh, g, sums, rows),
+            {"C": channels, "COLUMNS": COLUMNS, "ROWS": TILE // COLUMNS, "PROGRAMS": grid[0], "num_warps": 4},
         )  # fmt: skip
     return dh, g, sums.sum(0)
 
