@@ -7,13 +7,12 @@ every address is a multiple of 16.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch._library.custom_ops import CustomOpDef
 from torch.utils._python_dispatch import _get_current_dispatch_mode
-
-F = TypeVar("F", bound=Callable[..., Any])
 
 _compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
 MOST_KEPT = 4096  # kinds of launches; beyond them, all are forgotten: batches of ever new sizes would pile up
@@ -42,18 +41,18 @@ def launch(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], constants:
         _compiled[key] = compiled, tuple(constants[name] for name in kernel.arg_names[len(args) :])
 
 
-def own_code(op: F) -> F:
+def own_code(op: Any) -> Callable[..., Any]:
     """The function that a custom op was made of. Raises AttributeError for one that this package did not make."""
-    function: F = op.own_code  # type: ignore[attr-defined]
+    function: Callable[..., Any] = op.own_code
     return function
 
 
-def custom_op(name: str) -> Callable[[F], Any]:
+def custom_op(name: str) -> Callable[[Callable[..., Any]], CustomOpDef]:
     """`torch.library.custom_op` with nothing mutated; `own_code` gives the function back."""
 
-    def register(function: F) -> Any:
-        op: Any = torch.library.custom_op(name, function, mutates_args=())
-        op.own_code = function
+    def register(function: Callable[..., Any]) -> CustomOpDef:
+        op = torch.library.custom_op(name, function, mutates_args=())
+        op.own_code = function  # type: ignore[attr-defined]
         return op
 
     return register

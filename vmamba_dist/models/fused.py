@@ -11,7 +11,7 @@ Shapes: M = B*H*W rows of C channels; D inner channels, F hidden ones, K = 4 dir
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -142,7 +142,8 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
 
 def _cast(weights: Weights, dtype: torch.dtype) -> Weights:
     """Bring the weights of products and convolution to the compute's precision, the others to float32 at least."""
-    fixed = [t.to(torch.promote_types(t.dtype, torch.float32)) for t in weights[:CAST_FROM]]
+    whole: Sequence[Tensor] = weights[:CAST_FROM]  # type: ignore[assignment]  # the optional bias is the last
+    fixed = [t.to(torch.promote_types(t.dtype, torch.float32)) for t in whole]
     wide = [t for t in weights[CAST_FROM:] if t is not None and t.dtype != dtype]
     narrow = [torch.empty_like(t, dtype=dtype) for t in wide]
     if wide:
@@ -302,7 +303,8 @@ def _backward(
     )
     d_in_proj = torch.mm(d_before.t(), normed)
     gradients = Weights(
-        *d_norm, d_a * a, d_skip, d_dt_bias.view(w.dt_bias.shape), *d_out_norm, *d_norm2,
+        d_norm[0], d_norm[1], d_a * a, d_skip, d_dt_bias.view(w.dt_bias.shape),
+        d_out_norm[0], d_out_norm[1], d_norm2[0], d_norm2[1],
         d_in_proj, d_x_proj, d_dt.view(w.dt_proj.shape), d_out_proj,
         d_fc1, d_fc1_bias, d_fc2, d_fc2_bias, d_conv, d_conv_bias if w.conv_bias is not None else None,
     )  # fmt: skip

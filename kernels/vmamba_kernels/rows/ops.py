@@ -303,5 +303,6 @@ norm.register_autograd(_backward, setup_context=_setup)
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
     """LayerNorm over the last dim of x (…, C), computed in float32 at least and returned in `dtype`."""
+    y: Tensor
     y, _ = norm(x.reshape(-1, x.shape[-1]).contiguous(), weight, bias, eps, dtype)
     return y.view(x.shape)
