@@ -72,6 +72,11 @@ VERBS = {
         "config=FILE gpus=N gpu=KIND [node=N] [network=GB/s] [samples=N] [price=PER_GPU_HOUR] [key=value …]",
         "memory, time and cost of a run before it is paid for, and the micro-batch that fits",
     ),
+    "runs": Verb(
+        "vmamba_dist.cluster.status:main",
+        "[ROOT | RUN …] [--json]",
+        "how runs are: state, step, loss, speed, last checkpoint, starts",
+    ),
     "doctor": Verb(
         "vmamba_dist.doctor:main",
         "",

@@ -169,7 +169,11 @@ def assembled(cfg: Config, sources: Sources, world: World, stop: StopRequest) ->
             evaluator=build_evaluator(cfg, sources.evaluation, sources.num_classes, world, progress),
             checkpoints=checkpoints,
             origin=Origin(
-                world.size, cfg.parallel.engine, digest(identity), identity, {"config": to_dict(cfg)}
+                world.size,
+                cfg.parallel.engine,
+                digest(identity),
+                identity,
+                {"config": to_dict(cfg), "total_samples": schedule.total_samples},
             ),
             eval_cfg=cfg.eval,
             batch_size=cfg.data.global_batch,
