@@ -317,6 +317,7 @@ class Checkpoints:
                 final,
                 keep=cfg.keep,
                 keep_every=cfg.keep_every,
+                keep_steps=cfg.keep_steps,
                 keep_best=cfg.keep_best,
                 metric=self.metric,
             )

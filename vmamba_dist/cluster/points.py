@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from vmamba_dist.config import Config, ConfigError, digest, known_keys, load, nearest_key, to_dict
 from vmamba_dist.models import get_variant
@@ -92,7 +94,7 @@ def from_csv(path: Path) -> list[Point]:
             )
         cells = {key: cell for key, cell in zip(header, row, strict=True) if cell}
         name = cells.pop("name", "")
-        points.append(point({key: _value(key, cell) for key, cell in cells.items()}, name=name))
+        points.append(point({key: _read(key, cell, cell) for key, cell in cells.items()}, name=name))
     return points
 
 
@@ -116,25 +118,28 @@ def plan(points: Sequence[Point], base: Config, folder: Path) -> list[Planned]:
     """Build and check every point's config, its run directory below `folder`. Raises ConfigError naming points."""
     if not points:
         raise ConfigError("no points: name what to sweep, for example sweep.optim.lr=[1e-3,2e-3]")
-    taken: dict[str, Point] = {}
     for each in points:
         _check_name(each)
-        other = taken.setdefault(each.name, each)
-        if other is not each:
-            raise ConfigError(
-                f"two points would share the directory {folder / each.name}: {' '.join(other.words) or 'the base'} "
-                f"and {' '.join(each.words) or 'the base'}; name them apart in a column `name`"
-                if other.words != each.words
-                else f"the point {each.name} is there twice: {' '.join(each.words)}"
-            )
-    planned = [Planned(each, _config(each, base, folder, taken)) for each in points]
-    seen: dict[str, str] = {}
+    planned = [Planned(each, _config(each, base, folder)) for each in points]
+    seen: dict[str, Point] = {}
+    taken: dict[str, Point] = {}
     for one in planned:
-        values = to_dict(replace(one.config, run=replace(one.config.run, dir=str(folder))))
-        other_name = seen.setdefault(digest(values), one.point.name)
-        if other_name != one.point.name:
+        alone = replace(one.config, run=replace(one.config.run, dir=str(folder)))
+        same = seen.setdefault(digest(to_dict(alone)), one.point)
+        if same is not one.point:
             raise ConfigError(
-                f"the points {other_name} and {one.point.name} are the same run; leave one of them out"
+                f"the points {same.name} and {one.point.name} are the same run; leave one of them out"
+            )
+        other = taken.setdefault(one.point.name, one.point)
+        if other is not one.point:
+            raise ConfigError(
+                f"two points would share the directory {one.run}: {' '.join(other.words) or 'the base'} "
+                f"and {' '.join(one.point.words) or 'the base'}; name them apart in a column `name` of sweep.points"
+            )
+    for each in points:
+        if each.branch is not None and (each.branch.of not in taken or each.branch.of == each.name):
+            raise ConfigError(
+                f"point {each.name} branches from {each.branch.of}, which is no other point of this sweep"
             )
     return planned
 
@@ -144,11 +149,7 @@ def checkpoint_of(folder: Path, branch: Branch) -> Path:
     return folder / branch.of / "checkpoints" / f"step-{branch.step:09d}"
 
 
-def _config(each: Point, base: Config, folder: Path, points: Mapping[str, Point]) -> Config:
-    if each.branch is not None and (each.branch.of not in points or each.branch.of == each.name):
-        raise ConfigError(
-            f"point {each.name} branches from {each.branch.of}, which is no other point of this sweep"
-        )
+def _config(each: Point, base: Config, folder: Path) -> Config:
     try:
         config = load(each.words, base=to_dict(base))
         get_variant(config.model.name)
@@ -183,10 +184,14 @@ def _slug(value: Any) -> str:
 def _text(key: str, value: Any) -> str:
     """The value as a word that reads back as the same value."""
     if isinstance(value, str):
-        return value if _value(key, value) == value else json.dumps(value)
+        return value if _read(key, value, None) == value else json.dumps(value)
     return json.dumps(value)
 
 
-def _value(key: str, text: str) -> Any:
-    """What key=text means."""
-    return OmegaConf.select(OmegaConf.from_dotlist([f"{key}={text}"]), key, default=None)
+def _read(key: str, text: str, otherwise: Any) -> Any:
+    """What key=text means, `otherwise` where that is no YAML."""
+    try:
+        found = OmegaConf.select(OmegaConf.from_dotlist([f"{key}={text}"]), key)
+    except (OmegaConfBaseException, YAMLError):
+        return otherwise
+    return OmegaConf.to_container(found) if OmegaConf.is_config(found) else found

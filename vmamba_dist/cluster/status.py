@@ -52,6 +52,7 @@ class RunRecord:
     attempts: int = 0  # starts; a requeue is one more
     job: str = ""
     evaluation: Mapping[str, float] = field(default_factory=dict)  # at the newest checkpoint that has one
+    began: Mapping[str, Any] | None = None  # {checkpoint, step} of another run that this one began in
     note: str = ""
 
 
@@ -175,7 +176,7 @@ def queue() -> dict[str, str]:
         timeout=60,
     )
     if told.returncode:
-        print(f"squeue cannot be asked: {told.stderr.strip()}", file=sys.stderr)
+        print(f"squeue cannot be asked: {told.stderr.strip().splitlines()[-1]}", file=sys.stderr)
         return {}
     found: dict[str, str] = {}
     for raw, name, state in (line.split("|") for line in told.stdout.split()):
@@ -203,6 +204,7 @@ def record(run: Path, jobs: Mapping[str, str] | None = None) -> RunRecord:
         attempts=len(starts),
         job=last.job if last else "",
         evaluation=_evaluation(lines, meta),
+        began=meta.extra.get("began") if meta else None,
         note=note,
     )
 

@@ -200,7 +200,7 @@ def _place(column: str) -> str:
 
 def row(result: PointResult) -> dict[str, Any]:
     """A point as a line of results.csv."""
-    found, branch = result.record, result.point.branch
+    found, began = result.record, result.record.began
     return {
         "name": result.point.name,
         **dict(word.split("=", 1) for word in result.point.words),
@@ -211,7 +211,7 @@ def row(result: PointResult) -> dict[str, Any]:
         **found.evaluation,
         "samples_per_s": found.samples_per_s,
         "starts": found.attempts,
-        **({"branched_from": branch.of, "branched_step": branch.step} if branch else {}),
+        **({"branched_from": began["checkpoint"], "branched_step": began["step"]} if began else {}),
         "run_dir": str(result.run),
         "reason": result.reason,
     }
@@ -250,7 +250,7 @@ def _run_here(sweep: Sweep) -> None:
     done = len(sweep.planned) - len(waiting)
     if done:
         print(f"{done} of {len(sweep.planned)} points have finished already", flush=True)
-    devices = _devices(sweep)
+    gpus = devices(sweep)
     requests, heard = Requests(), 0
     running: list[_Child] = []
     told: set[str] = set()
@@ -262,7 +262,7 @@ def _run_here(sweep: Sweep) -> None:
                     break
                 waiting.remove(one)
                 slot = min(set(range(sweep.parallel)) - {child.slot for child in running})
-                running.append(_start(sweep, one, slot, devices))
+                running.append(_start(sweep, one, slot, gpus))
             if requests.count > heard:
                 heard = requests.count
                 print(
@@ -298,12 +298,12 @@ def _next(sweep: Sweep, waiting: list[Planned], running: Sequence[_Child], told:
     return None
 
 
-def _start(sweep: Sweep, one: Planned, slot: int, devices: Sequence[str]) -> _Child:
+def _start(sweep: Sweep, one: Planned, slot: int, gpus: Sequence[str]) -> _Child:
     launch = one.config.launch
     cores = len(os.sched_getaffinity(0))
     environ = {"OMP_NUM_THREADS": str(max(1, cores // (sweep.parallel * launch.tasks))), **os.environ}
-    if devices:
-        mine = devices[slot * launch.gpus_per_node : (slot + 1) * launch.gpus_per_node]
+    if gpus:
+        mine = gpus[slot * launch.gpus_per_node : (slot + 1) * launch.gpus_per_node]
         environ["CUDA_VISIBLE_DEVICES"] = ",".join(mine)
     sweep.file(one, "json").unlink(missing_ok=True)
     with sweep.file(one, "log").open("ab") as log:
@@ -331,7 +331,7 @@ def _stop_with(parent: int) -> Any:
     return ask
 
 
-def _devices(sweep: Sweep) -> list[str]:
+def devices(sweep: Sweep) -> list[str]:
     """The GPUs to deal out, where the points ask for any. Raises ConfigError where they are too few."""
     each = sweep.planned[0].config.launch.gpus_per_node  # launch.* is no key to sweep
     if not each:
