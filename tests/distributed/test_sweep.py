@@ -1,0 +1,208 @@
+"""Sweeps of real runs: one that fails stops no other, one that is killed loses nothing, a branch is the run it would be."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from distributed.micro import metrics, words
+from vmamba_dist.checkpoint import store
+from vmamba_dist.cluster import status
+from vmamba_dist.cluster.points import Branch, Point
+from vmamba_dist.cluster.sweep import run_points
+from vmamba_dist.config import load
+from vmamba_dist.core.rundir import attempts
+from vmamba_dist.data.shards import pack
+
+pytestmark = pytest.mark.distributed
+
+ROOT = Path(__file__).resolve().parents[2]
+LIMIT_S = 120
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("digits") / "set"
+    pack("digits", folder)
+    return folder
+
+
+def line(digits: Path, folder: Path, *more: str) -> list[str]:
+    """The command of a sweep of micro runs."""
+    base = words(digits, folder, "eval.every_epochs=0", "checkpoint.async_save=false", *more)
+    return [sys.executable, str(ROOT / "launch" / "sweep.py"), *base]
+
+
+def results(folder: Path) -> dict[str, dict[str, str]]:
+    with (folder / "results.csv").open(newline="") as file:
+        return {row["name"]: row for row in csv.DictReader(file)}
+
+
+def starts(folder: Path) -> dict[str, int]:
+    return {run.name: len(attempts(run)) for run in status.find_runs(folder)}
+
+
+@contextmanager
+def running(command: list[str], until: Callable[[], bool]) -> Iterator[subprocess.Popen[str]]:
+    """The command, once `until` holds; killed at the end."""
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        deadline = time.monotonic() + LIMIT_S
+        while not until():
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_a_failure_stops_no_other_point_and_is_run_again_alone(digits: Path, tmp_path: Path) -> None:
+    folder, late = tmp_path / "a sweep", tmp_path / "late"
+    table = tmp_path / "points.csv"
+    table.write_text(f"name,optim.lr,data.train\na,1e-3,\nb,2e-3,\nlate,3e-3,{late}\n")
+    command = line(digits, folder, "run.max_steps=3", f"sweep.points={table}", "sweep.parallel=2")
+
+    first = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, check=False)
+    assert first.returncode == 1, first.stderr
+    found = results(folder)
+    assert {name: row["state"] for name, row in found.items()} == {
+        "a": "finished",
+        "b": "finished",
+        "late": "failed",
+    }
+    assert str(late) in found["late"]["reason"]
+    assert found["a"]["optim.lr"] == "0.001"
+    assert found["a"]["step"] == "3"
+    assert float(found["a"]["eval/ema/top1"]) > 0
+    assert float(found["a"]["loss"]) == metrics(folder / "a")[-1]["loss"]
+    assert found["a"]["run_dir"] == str(folder / "a")
+
+    pack("digits", late)
+    second = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, check=False)
+    assert second.returncode == 0, second.stdout + second.stderr
+    assert "2 of 3 points have finished already" in second.stdout
+    assert {row["state"] for row in results(folder).values()} == {"finished"}
+    assert starts(folder) == {"a": 1, "b": 1, "late": 1}
+
+    third = subprocess.run(
+        [*command, "optim.clip=2"], capture_output=True, text=True, timeout=LIMIT_S, check=False
+    )
+    assert third.returncode == 2
+    assert "point a: " in third.stderr
+    assert "was trained with another config: optim.clip was 3.0, now 2.0" in third.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_a_sweep_that_is_stopped_anywhere_goes_on(
+    number: signal.Signals, digits: Path, tmp_path: Path
+) -> None:
+    """Killed, its points save all the same, since the kernel asks them to; asked, it waits for them."""
+    folder = tmp_path / "sweep"
+    command = line(
+        digits, folder, "sweep.optim.lr=[1e-3,2e-3,3e-3]", "sweep.parallel=2", "checkpoint.every_steps=1000"
+    )
+    both = [folder / "lr=0.001", folder / "lr=0.002"]
+    with running(command, lambda: all(len(status.tail(run)) >= 3 for run in both)) as process:
+        process.send_signal(number)
+        out, err = process.communicate(timeout=LIMIT_S)
+    if number == signal.SIGINT:
+        assert process.returncode == 75, out + err
+        assert "stopped; to go on: python launch/sweep.py run.dir=" in out
+        states = {name: row["state"] for name, row in results(folder).items()}
+        assert states == {"lr=0.001": "stopped", "lr=0.002": "stopped", "lr=0.003": "missing"}
+
+    done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert {row["state"] for row in results(folder).values()} == {"finished"}
+    assert starts(folder) == {"lr=0.001": 2, "lr=0.002": 2, "lr=0.003": 1}
+    for run in both:  # neither began anew: it was saved where it was stopped
+        log = (run / "train.log").read_text()
+        assert "asked to stop: saved step" in log
+        assert "resuming from" in log
+        assert [entry["step"] for entry in metrics(run)] == list(range(1, 45))
+
+
+def test_two_sweeps_do_not_work_on_one_folder(digits: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "sweep"
+    command = line(digits, folder, "sweep.optim.lr=[1e-3]")
+    lock = folder / "points" / "lock"
+    with running(command, lambda: lock.exists() and lock.read_text() != "") as first:
+        second = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, check=False)
+        assert second.returncode == 2
+        assert f"a sweep is at work in {folder} (pid {first.pid})" in second.stderr
+        first.send_signal(signal.SIGINT)
+        assert first.wait(LIMIT_S) == 75
+
+
+def test_a_branch_equals_the_run_that_it_would_have_been(digits: Path, tmp_path: Path) -> None:
+    """Both warm up over half an epoch; the long run's checkpoint from within serves the short one."""
+    base = load(words(digits, tmp_path / "sweep", "eval.every_epochs=0"))
+    schedules = ("schedule.epochs=2", "schedule.warmup=0.25"), ("schedule.epochs=1", "schedule.warmup=0.5")
+    trunk = Point("trunk", (*schedules[0], "checkpoint.keep_steps=[10]", "checkpoint.keep=2"))
+    short = Point("short", schedules[1], Branch("trunk", 10))
+    whole = Point("whole", schedules[1])
+    wrong = Point("wrong", ("schedule.epochs=1", "schedule.warmup=0.25"), Branch("trunk", 10))
+    lost = Point("lost", (*schedules[1], "optim.clip=2"), Branch("trunk", 11))
+
+    # Dependents first: they wait for what they begin in.
+    folder = tmp_path / "sweep"
+    found = {
+        each.point.name: each
+        for each in run_points([lost, short, trunk], base=base, folder=folder, parallel=2)
+    }
+    assert {name: each.state for name, each in found.items()} == {
+        "trunk": "finished",
+        "short": "finished",
+        "lost": "failed",
+    }
+    assert "it begins in step 11 of trunk, which has not been saved" in found["lost"].reason
+    assert store.directory(folder / "trunk" / "checkpoints", 10).is_dir()
+    assert found["short"].record.began == {
+        "checkpoint": str(store.directory(folder / "trunk" / "checkpoints", 10)),
+        "step": 10,
+    }
+    assert found["trunk"].record.began is None
+    assert results(folder)["short"]["branched_step"] == "10"
+
+    apart = tmp_path / "apart"
+    (alone,) = run_points([whole], base=base, folder=apart)
+    assert metrics(folder / "short") == metrics(alone.run)[10:]
+
+    again = run_points([trunk, wrong], base=base, folder=folder)
+    assert [each.state for each in again] == ["finished", "failed"]
+    assert "schedule.epochs was 2, now 1" in again[1].reason
+
+
+def test_points_of_several_processes_are_followed_jobs(digits: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "sweep"
+    command = line(digits, folder, "run.max_steps=2", "sweep.run.seed=[7]", "launch.tasks_per_node=2")
+    done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads((folder / "seed=7" / "environment.json").read_text())["world_size"] == 2
+    assert "2 processes" in (folder / "points" / "seed=7.log").read_text()
+
+
+def test_a_killed_point_is_named_and_run_again(digits: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "sweep"
+    command = line(digits, folder, "sweep.run.seed=[1]")
+    run = folder / "seed=1"
+    with running(command, lambda: len(status.tail(run)) >= 6) as process:
+        (last,) = attempts(run)
+        os.kill(last.pid, signal.SIGKILL)
+        out, _ = process.communicate(timeout=LIMIT_S)
+    assert process.returncode == 1
+    assert "killed by SIGKILL" in out
+    assert results(folder)["seed=1"]["state"] == "failed"
+    assert status.record(run).state == "failed"
