@@ -317,7 +317,6 @@ class Checkpoints:
                 final,
                 keep=cfg.keep,
                 keep_every=cfg.keep_every,
-                keep_steps=cfg.keep_steps,
                 keep_best=cfg.keep_best,
                 metric=self.metric,
             )

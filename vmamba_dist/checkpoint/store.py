@@ -20,7 +20,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -298,15 +298,9 @@ def remove(path: Path) -> None:
 
 
 def retained(
-    metas: Iterable[Meta],
-    *,
-    keep: int,
-    keep_every: int = 0,
-    keep_steps: Collection[int] = (),
-    keep_best: bool = False,
-    metric: str = "",
+    metas: Iterable[Meta], *, keep: int, keep_every: int = 0, keep_best: bool = False, metric: str = ""
 ) -> set[int]:
-    """Return the steps to keep: the last `keep`, multiples of `keep_every`, `keep_steps`, and the best by `metric`.
+    """Return the steps to keep: the last `keep`, multiples of `keep_every`, and the best by `metric`.
 
     Of equal bests the earliest stays. A metric whose name ends in "loss" is better small, any other large;
     checkpoints without it, or where it is not finite, are not candidates.
@@ -315,7 +309,6 @@ def retained(
     kept = {m.step for m in by_step[-max(keep, 1) :]}
     if keep_every > 0:
         kept |= {m.step for m in by_step if m.step % keep_every == 0}
-    kept |= {m.step for m in by_step if m.step in keep_steps}
     scored = [(m.metrics[metric], m.step) for m in by_step if math.isfinite(m.metrics.get(metric, math.nan))]
     if keep_best and scored:
         sign = 1 if metric.endswith("loss") else -1
@@ -329,7 +322,6 @@ def retire(
     *,
     keep: int,
     keep_every: int = 0,
-    keep_steps: Collection[int] = (),
     keep_best: bool = False,
     metric: str = "",
 ) -> list[Path]:
@@ -344,14 +336,7 @@ def retire(
             metas[path] = read_manifest(path).meta
         except CheckpointError:
             continue
-    kept = retained(
-        metas.values(),
-        keep=keep,
-        keep_every=keep_every,
-        keep_steps=keep_steps,
-        keep_best=keep_best,
-        metric=metric,
-    )
+    kept = retained(metas.values(), keep=keep, keep_every=keep_every, keep_best=keep_best, metric=metric)
     gone = [path for path, meta in metas.items() if meta.step not in kept and path != newest]
     for path in gone:
         remove(path)

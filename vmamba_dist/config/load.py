@@ -192,10 +192,6 @@ def _convert(key: str, value: Any, hint: Any) -> Any:
         if value is None:
             return None
         return _convert(key, value, next(t for t in inner if t is not type(None)))
-    if origin is tuple and inner[-1] is Ellipsis:
-        if not isinstance(value, Sequence) or isinstance(value, str):
-            raise ConfigError(f"{key}={value!r}: give a list, for example {key}=[…]")
-        return tuple(_convert(f"{key}[{i}]", v, inner[0]) for i, v in enumerate(value))
     if origin is tuple:
         if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != len(inner):
             raise ConfigError(f"{key}={value!r}: give a list of {len(inner)} numbers, for example {key}=[…]")

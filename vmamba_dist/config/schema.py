@@ -342,9 +342,6 @@ class CheckpointConfig:
     every_steps: int = replaceable(1000)
     keep: int = replaceable(3)  # the newest ones
     keep_every: int = replaceable(0)  # also each whose step is a multiple of this; 0: none
-    keep_steps: tuple[int, ...] = replaceable(
-        ()
-    )  # save at these steps too, and keep them: others begin there
     keep_best: bool = replaceable(True)  # also the best by eval.metric; a new best is saved at once
     async_save: bool = replaceable(True)  # write while training goes on; costs a copy in the host's memory
     max_failures: int = replaceable(3)  # saves that may fail in a row; then the run stops
@@ -358,12 +355,6 @@ class CheckpointConfig:
             "use 2 or more: a damaged newest one needs a predecessor",
         )
         _require(self.keep_every >= 0, "checkpoint.keep_every", self.keep_every, "use 0 or more")
-        _require(
-            all(step >= 1 for step in self.keep_steps),
-            "checkpoint.keep_steps",
-            self.keep_steps,
-            "steps count from 1",
-        )
         _require(
             self.max_failures >= 1,
             "checkpoint.max_failures",

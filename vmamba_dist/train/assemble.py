@@ -32,10 +32,9 @@ from vmamba_dist.data.stream import TrainStream, eval_batches
 from vmamba_dist.evaluation.classification import ClassificationEvaluator
 from vmamba_dist.models import create_model, flops
 from vmamba_dist.objectives.classify import Classify
-from vmamba_dist.optim.schedule import Schedule, build_schedule
+from vmamba_dist.optim.schedule import build_schedule
 from vmamba_dist.parallel.plan import parallelize
 from vmamba_dist.train import rollback
-from vmamba_dist.train.branch import has_same_past
 from vmamba_dist.train.ema import Ema
 from vmamba_dist.train.environment import describe_environment, record_environment
 from vmamba_dist.train.feed import Feed
@@ -82,16 +81,8 @@ def assembled(cfg: Config, sources: Sources, world: World, stop: StopRequest) ->
             timeout_s=cfg.parallel.timeout_s,
         )
         closing.callback(checkpoints.close)
-        steps_per_epoch = sources.train.num_samples // cfg.data.global_batch
-        total_steps = cfg.schedule.epochs * steps_per_epoch
-        schedule = build_schedule(
-            cfg.schedule,
-            cfg.optim,
-            global_batch=cfg.data.global_batch,
-            total_samples=total_steps * cfg.data.global_batch,
-        )
         identity = _identity(cfg, sources)
-        found = _resume(cfg, checkpoints, identity, schedule)
+        found = _resume(cfg, checkpoints, identity)
         _describe(cfg, run_dir, world)
         if found is not None:
             tensors = engine.state() | (ema.state() if ema is not None else {})
@@ -112,6 +103,14 @@ def assembled(cfg: Config, sources: Sources, world: World, stop: StopRequest) ->
         )
         log.info("attempt %d begins at step %d", run_dir.attempt, state.step + 1)
 
+        steps_per_epoch = sources.train.num_samples // cfg.data.global_batch
+        total_steps = cfg.schedule.epochs * steps_per_epoch
+        schedule = build_schedule(
+            cfg.schedule,
+            cfg.optim,
+            global_batch=cfg.data.global_batch,
+            total_samples=total_steps * cfg.data.global_batch,
+        )
         state.align(cfg.data.global_batch, steps_per_epoch)
         pace = Pace(gather(socket.gethostname()), cfg.telemetry.log_every_steps) if world.size > 1 else None
         writers = _writers(cfg, run_dir, state, total_steps, pace, closing) if world.is_main else None
@@ -170,15 +169,7 @@ def assembled(cfg: Config, sources: Sources, world: World, stop: StopRequest) ->
             evaluator=build_evaluator(cfg, sources.evaluation, sources.num_classes, world, progress),
             checkpoints=checkpoints,
             origin=Origin(
-                world.size,
-                cfg.parallel.engine,
-                digest(identity),
-                identity,
-                {
-                    "config": to_dict(cfg),
-                    "total_samples": schedule.total_samples,
-                    "began": _began(found, run_dir),
-                },
+                world.size, cfg.parallel.engine, digest(identity), identity, {"config": to_dict(cfg)}
             ),
             eval_cfg=cfg.eval,
             batch_size=cfg.data.global_batch,
@@ -187,7 +178,7 @@ def assembled(cfg: Config, sources: Sources, world: World, stop: StopRequest) ->
             clip=cfg.optim.clip,
             max_steps=cfg.run.max_steps,
             eval_every=Every(_steps_between(cfg.eval.every_epochs, steps_per_epoch)),
-            save_every=Every(cfg.checkpoint.every_steps, also=cfg.checkpoint.keep_steps),
+            save_every=Every(cfg.checkpoint.every_steps),
             save_best=cfg.checkpoint.keep_best,
         )
 
@@ -270,9 +261,7 @@ def _identity(cfg: Config, sources: Sources) -> dict[str, Any]:
     return identity
 
 
-def _resume(
-    cfg: Config, checkpoints: Checkpoints, identity: dict[str, Any], schedule: Schedule
-) -> Found | None:
+def _resume(cfg: Config, checkpoints: Checkpoints, identity: dict[str, Any]) -> Found | None:
     """The checkpoint to go on from: this run's newest whole one, else the one that run.resume names."""
     found = checkpoints.newest()
     if found is not None and cfg.run.resume == "never":
@@ -285,28 +274,18 @@ def _resume(
     if found is None:
         return None
     log.info("resuming from %s, saved by %d ranks", found.path, found.meta.world_size)
-    _check_identity(found, identity, schedule, allowed=cfg.run.allow_changes)
+    _check_identity(found, identity, allowed=cfg.run.allow_changes)
     return found
 
 
-def _began(found: Found | None, run_dir: RunDir) -> dict[str, Any] | None:
-    """The checkpoint of another run that this one began in, None where it began at step 1."""
-    if found is None:
-        return None
-    if found.path.parent == run_dir.checkpoints:
-        before: dict[str, Any] | None = found.meta.extra.get("began")
-        return before
-    return {"checkpoint": str(found.path), "step": found.meta.step}
-
-
-def _check_identity(found: Found, identity: dict[str, Any], schedule: Schedule, *, allowed: bool) -> None:
+def _check_identity(found: Found, identity: dict[str, Any], *, allowed: bool) -> None:
     """Refuse a config that would leave the checkpoint's trajectory, naming the keys. Raises ConfigError."""
     saved = found.meta.trajectory
-    keys = [key for key in sorted(saved.keys() | identity.keys()) if saved.get(key) != identity.get(key)]
-    changed = [f"{key} was {saved.get(key)!r}, now {identity.get(key)!r}" for key in keys]
-    if changed and has_same_past(found.meta, keys, schedule):
-        log.info("a branch: %s; up to step %d both are the same", "; ".join(changed), found.meta.step)
-        return
+    changed = [
+        f"{key} was {saved.get(key)!r}, now {identity.get(key)!r}"
+        for key in sorted(saved.keys() | identity.keys())
+        if saved.get(key) != identity.get(key)
+    ]
     if changed and not allowed:
         raise ConfigError(
             f"the config differs from that of {found.path} in what decides the trajectory: {'; '.join(changed)}. "

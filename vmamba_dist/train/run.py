@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,13 +40,12 @@ class Outcome(enum.Enum):
 
 @dataclass(frozen=True)
 class Every:
-    """Due at each multiple of `steps`, 0 is never, and at the steps of `also`."""
+    """Due at each multiple of `steps`; 0 is never."""
 
     steps: int
-    also: Collection[int] = ()
 
     def due(self, state: TrainState) -> bool:
-        return (self.steps > 0 and state.step % self.steps == 0) or state.step in self.also
+        return self.steps > 0 and state.step % self.steps == 0
 
 
 @dataclass(frozen=True)
