@@ -72,6 +72,12 @@ VERBS = {
         "config=FILE gpus=N gpu=KIND [node=N] [network=GB/s] [samples=N] [price=PER_GPU_HOUR] [key=value …]",
         "memory, time and cost of a run before it is paid for, and the micro-batch that fits",
     ),
+    "study": Verb(
+        "vmamba_dist.scaling.verbs:main",
+        "plan | fit | report | predict …",
+        "scaling studies: what they cost, the law that their runs follow, what it predicts",
+        own_help=True,
+    ),
     "doctor": Verb(
         "vmamba_dist.doctor:main",
         "",
