@@ -77,6 +77,12 @@ VERBS = {
         "[ROOT | RUN …] [--json]",
         "how runs are: state, step, loss, speed, last checkpoint, starts",
     ),
+    "study": Verb(
+        "vmamba_dist.scaling.verbs:main",
+        "plan | fit | report | predict …",
+        "scaling studies: what they cost, the law that their runs follow, what it predicts",
+        own_help=True,
+    ),
     "doctor": Verb(
         "vmamba_dist.doctor:main",
         "",

@@ -20,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from vmamba_dist.config import Config, ConfigError, digest, known_keys, load, nearest_key, to_dict
-from vmamba_dist.models import get_variant
+from vmamba_dist.models.variants import configured
 
 RECORDS = "points"  # a sweep's own folder, beside its run directories
 _MOST = 120  # characters of a directory's name
@@ -32,7 +32,7 @@ _NOT_SWEPT = {
 
 @dataclass(frozen=True)
 class Branch:
-    """A point begins in another one's checkpoint, which that one keeps by checkpoint.keep_steps."""
+    """A point begins in another one's checkpoint, of a step that its schedule has come to in the same way."""
 
     of: str  # name of that point
     step: int
@@ -152,7 +152,7 @@ def checkpoint_of(folder: Path, branch: Branch) -> Path:
 def _config(each: Point, base: Config, folder: Path) -> Config:
     try:
         config = load(each.words, base=to_dict(base))
-        get_variant(config.model.name)
+        configured(config.model)
     except ValueError as error:  # a ConfigError is one
         raise ConfigError(f"point {each.name}: {error}") from error
     resume = str(checkpoint_of(folder, each.branch)) if each.branch else config.run.resume

@@ -22,6 +22,7 @@ from vmamba_dist.cluster.follow import REQUEUE, stay_with
 from vmamba_dist.cluster.job import TrainJob
 from vmamba_dist.config import Config, ConfigError, load, to_dict
 from vmamba_dist.models import flops
+from vmamba_dist.models.variants import configured, describe
 
 LOG = "train.log"
 
@@ -49,7 +50,7 @@ class Plan:
             "run": str(self.run_dir),
             "where": kind,
             "model": _model(self.config),
-            "steps": f"{self.config.schedule.epochs} epochs in steps of {self.config.data.global_batch} samples",
+            "steps": f"{_budget(self.config)} in steps of {self.config.data.global_batch} samples",
             "logs": f"{self.job_folder}/START/",
             "command": self.command,
         }
@@ -100,15 +101,21 @@ def _processes(count: int) -> str:
     return "1 process" if count == 1 else f"{count} processes"
 
 
+def _budget(config: Config) -> str:
+    schedule = config.schedule
+    return f"{schedule.samples} samples" if schedule.samples else f"{schedule.epochs} epochs"
+
+
 def _model(config: Config) -> str:
-    name, side = config.model.name, config.data.image_size
+    model, side = configured(config.model), config.data.image_size
     classes = config.model.num_classes or 1000
+    millions = flops.params(model, classes) / 1e6
     try:
-        millions = flops.params(name, classes) / 1e6
-        giga = flops.macs(name, side, side, classes) / 1e9
+        giga = flops.macs(model, side, side, classes) / 1e9
     except ValueError as error:
-        raise ConfigError(f"model.name={name}: {error}") from error
-    return f"{name}, {millions:.2f} M parameters, {giga:.3f} GMACs at {side} px with {classes} classes"
+        raise ConfigError(f"data.image_size={side}: {error}") from error
+    counts = f"{millions:.2f} M parameters, {giga:.3f} GMACs at {side} px with {classes} classes"
+    return f"{describe(config.model)}, {counts}"
 
 
 def _changes(config: Config) -> list[tuple[str, object]]:

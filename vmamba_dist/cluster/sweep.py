@@ -133,8 +133,11 @@ def _result(sweep: Sweep, one: Planned, jobs: Mapping[str, str]) -> PointResult:
     end = _last_end(sweep, one)
     if end and end["exit_code"] not in (0, REQUEUE):
         return PointResult(one, "failed", record, str(end["reason"]))
-    state = {"new": "missing", "finished": "stopped", "paused": "stopped"}.get(record.state, record.state)
-    return PointResult(one, state, record, record.note if state == "failed" else "")
+    if record.state == "new":
+        return PointResult(one, "missing", record)
+    if record.state == "failed" and not end:
+        return PointResult(one, "failed", record, record.note)
+    return PointResult(one, "stopped", record)
 
 
 def is_done(one: Planned) -> bool:
@@ -272,7 +275,7 @@ def _run_here(sweep: Sweep) -> None:
                     child.process.send_signal(signal.SIGTERM if heard == 1 else signal.SIGKILL)
             for child in [child for child in running if child.process.poll() is not None]:
                 running.remove(child)
-                _ended(sweep, child)
+                _ended(sweep, child, asked=requests.count > 0)
             time.sleep(_POLL_S)
     if requests.count:
         print(f"stopped; to go on: {sweep.command}", flush=True)
@@ -350,8 +353,10 @@ def devices(sweep: Sweep) -> list[str]:
     return found
 
 
-def _ended(sweep: Sweep, child: _Child) -> None:
+def _ended(sweep: Sweep, child: _Child, *, asked: bool) -> None:
     code = child.process.returncode
+    if asked and code < 0:  # it had not begun to listen: nothing of it was to be saved
+        code = REQUEUE
     reason = "" if code in (0, REQUEUE) else _last_words(sweep.file(child.one, "log"), code)
     _note_end(sweep, child.one, code, reason)
     result = _result(sweep, child.one, {})

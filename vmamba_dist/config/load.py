@@ -141,7 +141,8 @@ def trajectory(config: Config) -> dict[str, Any]:
     for group in dataclasses.fields(config):
         part = getattr(config, group.name)
         for item in dataclasses.fields(part):
-            if item.metadata.get("trajectory", True):
+            unsaid = item.metadata.get("added", False) and getattr(part, item.name) == item.default
+            if item.metadata.get("trajectory", True) and not unsaid:
                 flat[f"{group.name}.{item.name}"] = plain[group.name][item.name]
     return flat
 
@@ -192,6 +193,10 @@ def _convert(key: str, value: Any, hint: Any) -> Any:
         if value is None:
             return None
         return _convert(key, value, next(t for t in inner if t is not type(None)))
+    if origin is tuple and inner[-1] is Ellipsis:
+        if not isinstance(value, Sequence) or isinstance(value, str):
+            raise ConfigError(f"{key}={value!r}: give a list, for example {key}=[…]")
+        return tuple(_convert(f"{key}[{i}]", v, inner[0]) for i, v in enumerate(value))
     if origin is tuple:
         if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != len(inner):
             raise ConfigError(f"{key}={value!r}: give a list of {len(inner)} numbers, for example {key}=[…]")

@@ -25,6 +25,11 @@ def replaceable(default: Any) -> Any:
     return field(default=default, metadata={"trajectory": False})
 
 
+def added(default: Any) -> Any:
+    """Mark a field that came later: its default is what earlier versions did, and stays out of the digest."""
+    return field(default=default, metadata={"added": True})
+
+
 def _require(ok: bool, key: str, value: object, fix: str) -> None:
     if not ok:
         raise ConfigError(f"{key}={value!r}: {fix}")
@@ -78,6 +83,10 @@ class ModelConfig:
     name: str = "vmamba_tiny_s1l8"
     num_classes: int | None = None  # null: what the shards' index says
     drop_path: float | None = None  # rate of the last block; null: the variant's own
+    # What differs from the named model's row, for ladders of sizes between the names; null: as named.
+    width: int | None = added(None)  # of the first stage; it doubles from stage to stage
+    depths: tuple[int, int, int, int] | None = added(None)  # blocks of each stage
+    ssm_ratio: float | None = added(None)  # inner width of a block's scan over the block's
     scan_pattern: Literal["cross2d", "unidi", "bidi", "cascade"] = "cross2d"
     scan_backend: Literal["auto", "triton", "torch"] = replaceable(
         "auto"
@@ -95,6 +104,24 @@ class ModelConfig:
             "model.drop_path",
             self.drop_path,
             "use 0 … below 1",
+        )
+        _require(
+            self.width is None or (self.width >= 2 and self.width % 2 == 0),
+            "model.width",
+            self.width,
+            "use an even number, or null",
+        )
+        _require(
+            self.depths is None or all(d >= 1 for d in self.depths),
+            "model.depths",
+            self.depths,
+            "use 1 or more blocks a stage, or null",
+        )
+        _require(
+            self.ssm_ratio is None or self.ssm_ratio > 0,
+            "model.ssm_ratio",
+            self.ssm_ratio,
+            "use more than 0, or null",
         )
 
 
@@ -231,16 +258,33 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """Linear warm-up, then cosine; the clock is samples seen, so it holds for every batch and world size."""
+    """Linear warm-up, then cosine or wsd; the clock is samples seen, so it holds for every batch and world size."""
 
+    kind: Literal["cosine", "wsd"] = added("cosine")  # wsd: warm-up, stable, decay
     epochs: int = 300
+    samples: int | None = added(None)  # budget in samples seen, cut to whole steps; null: epochs
     warmup: float = 20 / 300  # share of all samples
+    warmup_samples: int | None = added(None)  # the same in samples; null: the share
+    decay: float = added(0.2)  # wsd: share of all samples, at the end
     warmup_lr_ratio: float = 1e-3  # first lr over peak
     min_lr_ratio: float = 1e-2  # last lr over peak
 
     def __post_init__(self) -> None:
         _require(self.epochs >= 1, "schedule.epochs", self.epochs, "use 1 or more")
+        _require(
+            self.samples is None or self.samples >= 1,
+            "schedule.samples",
+            self.samples,
+            "use 1 or more, or null for schedule.epochs",
+        )
         _require(0 <= self.warmup < 1, "schedule.warmup", self.warmup, "a share: use 0 … below 1")
+        _require(
+            self.warmup_samples is None or self.warmup_samples >= 0,
+            "schedule.warmup_samples",
+            self.warmup_samples,
+            "use 0 or more, or null for schedule.warmup",
+        )
+        _require(0 < self.decay <= 1, "schedule.decay", self.decay, "a share: use above 0 … 1")
         for name in ("warmup_lr_ratio", "min_lr_ratio"):
             value = getattr(self, name)
             _require(0 <= value <= 1, f"schedule.{name}", value, "use 0 … 1")
@@ -449,6 +493,84 @@ class LaunchConfig:
 
 
 @dataclass(frozen=True)
+class StudyConfig:
+    """A scaling study (`vmamba study`): a ladder of models, how much each learns from, and what it may cost.
+
+    A study's config is that of its runs, and this group beside it; run.dir holds a run directory a point.
+    """
+
+    models: tuple[str, ...] = replaceable(())  # rungs of the ladder by name
+    widths: tuple[int, ...] = replaceable(())  # more rungs: model.name at these first widths, as written
+    sizes: int = replaceable(0)  # more rungs: so many widths between the two below, in equal ratios,
+    width_from: int = replaceable(16)  # each stage divisible by 16 below Base's width of 128
+    width_to: int = replaceable(128)  # and by 64 from there up
+    depth_power: float = replaceable(0.0)  # third stage's blocks ∝ (width / the rule's first) ** this
+    samples: tuple[int, ...] = replaceable(())  # a grid: every model learns from each of these counts
+    flops: tuple[float, ...] = replaceable(())  # or IsoFLOP levels: training FLOPs of one run
+    levels: int = replaceable(0)  # or so many levels, as high as the total allows,
+    level_ratio: float = replaceable(2.0)  # each this times the one before
+    min_samples: int = replaceable(1)  # an IsoFLOP point outside of these two is left out
+    max_samples: int = replaceable(2**62)
+    total_flops: float = replaceable(0.0)  # what the study may cost; 0: no limit
+    total_gpu_hours: float = replaceable(0.0)  # the same in GPU-hours of `gpu`; 0: no limit
+    seeds: int = replaceable(1)  # runs a point: run.seed, run.seed + 1, …
+    held_out: int = replaceable(0)  # so many of the largest models are predicted, not fitted
+    lrs: tuple[float, ...] = replaceable(())  # values of optim.lr that the search tries; none: no search
+    search_samples: int = replaceable(0)  # budget of a run of the search; 0: the smallest of the grid
+    search_sizes: int = replaceable(0)  # the search is at so many of the smallest models; 0: all fitted ones
+    lr_power: float = replaceable(0.0)  # without a search: optim.lr × (params / the smallest's) ** this
+    batch_power: float = replaceable(0.0)  # data.global_batch × (params / the smallest's) ** this
+    branch: bool = replaceable(True)  # wsd: shorter budgets start from a checkpoint of the longest
+    gpu: str = replaceable("")  # kind, as `vmamba plan` names it: costs in GPU-hours too
+    gpus: int = replaceable(1)  # of one run
+    device_gflops: float = replaceable(0.0)  # without a gpu: what one process sustains, for hours
+
+    def __post_init__(self) -> None:
+        for name in ("widths", "samples", "flops", "lrs"):
+            values = getattr(self, name)
+            _require(all(v > 0 for v in values), f"study.{name}", values, "use numbers above 0")
+        for name in ("models", "widths", "samples", "flops", "lrs"):
+            values = getattr(self, name)
+            _require(len(set(values)) == len(values), f"study.{name}", values, "name each once")
+        ways = [name for name in ("samples", "flops", "levels") if getattr(self, name)]
+        _require(
+            len(ways) <= 1,
+            "study." + " and study.".join(ways),
+            "…",
+            "take one: a grid of samples, levels of FLOPs, or a number of levels",
+        )
+        _require(self.level_ratio > 1, "study.level_ratio", self.level_ratio, "use more than 1")
+        _require(
+            self.width_from <= self.width_to,
+            "study.width_from",
+            self.width_from,
+            "use study.width_to or less",
+        )
+        _require(
+            1 <= self.min_samples <= self.max_samples,
+            "study.min_samples",
+            self.min_samples,
+            "use 1 … study.max_samples",
+        )
+        for name in ("seeds", "gpus", "width_from"):
+            _require(getattr(self, name) >= 1, f"study.{name}", getattr(self, name), "use 1 or more")
+        for name in (
+            "sizes",
+            "levels",
+            "held_out",
+            "search_samples",
+            "search_sizes",
+            "total_flops",
+            "total_gpu_hours",
+            "device_gflops",
+        ):
+            _require(getattr(self, name) >= 0, f"study.{name}", getattr(self, name), "use 0 or more")
+        _require(
+            self.sizes == 0 or self.sizes >= 2, "study.sizes", self.sizes, "use 2 or more, or 0 for no rule"
+        )
+
+
+@dataclass(frozen=True)
 class Config:
     """A whole run. A group's name is never also a value."""
 
@@ -466,3 +588,4 @@ class Config:
     eval: EvalConfig = field(default_factory=EvalConfig)
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
+    study: StudyConfig = field(default_factory=StudyConfig)

@@ -14,6 +14,7 @@ from pathlib import Path
 from vmamba_dist.config import Config, ConfigError, load
 from vmamba_dist.core.gpus import GPUS, gpu_named
 from vmamba_dist.models import flops
+from vmamba_dist.models.variants import describe
 from vmamba_dist.scaling.activations import POLICIES, Policy
 from vmamba_dist.scaling.cost import (
     BETWEEN,
@@ -129,7 +130,7 @@ def text(question: Question, answers: Sequence[Answer]) -> list[str]:
     count = job.share // job.micro_batch
     mine = _configured(question, answers)
     head = {
-        "model": f"{cfg.model.name}, {job.params / 1e6:.2f} M parameters, {giga:.2f} GMACs an image of {side} px "
+        "model": f"{describe(cfg.model)}, {job.params / 1e6:.2f} M parameters, {giga:.2f} GMACs an image of {side} px "
         f"with {job.classes} classes",
         "GPUs": f"{job.gpus} × {job.gpu.name}, {question.place.per_node} a machine; {_engine(job)}",
         "batch": f"{cfg.data.global_batch} an update, {job.share} a GPU in {count} micro-batch{'es' * (count > 1)} of "
