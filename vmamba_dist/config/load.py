@@ -106,6 +106,9 @@ def _read(args: Sequence[str], base: Mapping[str, Any]) -> dict[str, Any]:
             else:
                 words.append(word)
         merged = OmegaConf.merge(merged, OmegaConf.from_dotlist(words))
+        preset = OmegaConf.select(merged, "launch.preset")
+        if preset:
+            merged = OmegaConf.merge(_preset(str(preset)), merged)
         plain = OmegaConf.to_container(merged, resolve=True)
     except (OmegaConfBaseException, YAMLError) as error:
         raise ConfigError(f"the config cannot be read: {error}") from error
@@ -114,6 +117,22 @@ def _read(args: Sequence[str], base: Mapping[str, Any]) -> dict[str, Any]:
             f"the config is a {type(plain).__name__}; write groups of keys, as in configs/quickstart.yaml"
         )
     return {str(k): v for k, v in plain.items()}
+
+
+def _preset(name: str) -> Any:
+    """What a cluster's preset sets: below all that a config or a command line says. Raises ConfigError."""
+    file = name if name.endswith(".yaml") else f"cluster/{name}.yaml"
+    try:
+        path = find_config(file)
+    except ConfigError as error:
+        raise ConfigError(f"launch.preset={name}: {str(error).partition(': ')[2]}") from None
+    found = OmegaConf.load(path)
+    strangers = sorted(str(key) for key in found if key != "launch")
+    if strangers:
+        raise ConfigError(
+            f"launch.preset={name}: {path} sets {', '.join(strangers)}; a preset sets launch.* alone"
+        )
+    return found
 
 
 def from_dict(values: Mapping[str, Any]) -> Config:

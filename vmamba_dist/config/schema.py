@@ -451,19 +451,39 @@ class TelemetryConfig:
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """Where `launch/submit.py` runs the job."""
+    """Where `launch/submit.py` runs the job, and with what."""
 
-    cluster: Literal["auto", "local", "debug"] = replaceable("auto")  # debug: in this process
-    nodes: int = replaceable(1)  # machines; more than one needs a cluster
+    cluster: Literal["auto", "local", "slurm", "debug"] = replaceable(
+        "auto"
+    )  # auto: slurm where nodes > 1 or a key of Slurm's is set, else local | debug: in this process
+    preset: str = replaceable("")  # a file of configs/cluster/ (its name or path) with launch.* of a cluster
+    nodes: int = replaceable(1)  # machines; more than one needs Slurm
     gpus_per_node: int = replaceable(0)  # one process each, on CUDA; 0: as precision.device finds it
     tasks_per_node: int | None = replaceable(None)  # processes a machine; null: gpus_per_node, or one
     name: str = replaceable("vmamba")
-    follow: bool = replaceable(True)  # stay and show progress; false returns once the job runs
-    time_limit_min: int | None = replaceable(None)  # then the run saves and ends; null: no limit
+    follow: bool | None = replaceable(None)  # stay and show progress; null: here yes, on Slurm no
+    time_limit_min: int | None = replaceable(
+        None
+    )  # then the run saves and ends; null: none, or the partition's
+    signal_delay_s: int = replaceable(120)  # so long before the limit it is told to: two steps and a save
+    # Slurm's own; empty or null: what the cluster takes by itself.
+    partition: str = replaceable("")
+    account: str = replaceable("")
+    qos: str = replaceable("")
+    constraint: str = replaceable("")
+    exclude: str = replaceable("")  # nodes, as Slurm writes them: node[3-5,9]
+    mem_gb: float | None = replaceable(None)  # GiB a machine
+    cpus_per_task: int | None = replaceable(None)  # null: one, and one for each of data.workers
+    setup: str = replaceable("")  # shell lines before training: module load …
+    max_requeues: int | None = replaceable(None)  # starts after the first; null: as many as it takes
 
     def __post_init__(self) -> None:
+        _require(1 <= self.nodes <= 65536, "launch.nodes", self.nodes, "use 1 or more")
         _require(
-            self.nodes == 1, "launch.nodes", self.nodes, "this version starts jobs on one machine; use 1"
+            self.nodes == 1 or self.cluster in ("auto", "slurm"),
+            "launch.nodes",
+            self.nodes,
+            f"launch.cluster={self.cluster} is one machine: use launch.cluster=slurm, or torchrun on each machine",
         )
         _require(0 <= self.gpus_per_node <= 64, "launch.gpus_per_node", self.gpus_per_node, "use 0 … 64")
         _require(
@@ -484,7 +504,36 @@ class LaunchConfig:
             self.time_limit_min,
             "use 1 or more minutes, or null",
         )
+        _require(
+            1 <= self.signal_delay_s <= 65535, "launch.signal_delay_s", self.signal_delay_s, "use 1 … 65535 s"
+        )
         _require(self.name != "" and "/" not in self.name, "launch.name", self.name, "use a plain name")
+        for key in ("name", "partition", "account", "qos", "constraint", "exclude"):
+            value = getattr(self, key)  # written on a line of the batch script
+            _require(
+                value.isprintable() and "\\" not in value,
+                f"launch.{key}",
+                value,
+                "leave out line breaks, control characters and backslashes",
+            )
+        _require("\0" not in self.setup, "launch.setup", self.setup, "leave out the zero byte")
+        _require(
+            self.mem_gb is None or self.mem_gb > 0,
+            "launch.mem_gb",
+            self.mem_gb,
+            "use more than 0 GiB, or null",
+        )
+        for key, least in (("cpus_per_task", 1), ("max_requeues", 0)):
+            number = getattr(self, key)
+            _require(
+                number is None or number >= least, f"launch.{key}", number, f"use {least} or more, or null"
+            )
+
+    @property
+    def on_slurm(self) -> bool:
+        """True where the job goes to Slurm: named, or implied by what only Slurm knows."""
+        slurms = (self.preset, self.partition, self.account, self.qos, self.constraint, self.exclude)
+        return self.cluster == "slurm" or (self.cluster == "auto" and (self.nodes > 1 or any(slurms)))
 
     @property
     def tasks(self) -> int:
