@@ -23,6 +23,7 @@ from vmamba_dist.config import Config, ConfigError, digest, known_keys, load, ne
 from vmamba_dist.models.variants import configured
 
 RECORDS = "points"  # a sweep's own folder, beside its run directories
+_TAKEN = (RECORDS, "slurm", "code", ".", "..")
 _MOST = 120  # characters of a directory's name
 _NOT_SWEPT = {
     "run.dir": "each point has a directory of its own below it",
@@ -57,6 +58,27 @@ class Planned:
     @property
     def run(self) -> Path:
         return Path(self.config.run.dir)
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What is to be run, where, and how much of it at a time."""
+
+    folder: Path
+    planned: Sequence[Planned]
+    parallel: int
+    command: str  # that goes on with it
+
+    def file(self, one: Planned, ending: str) -> Path:
+        """The point's config (.yaml), output (.log), end (.json) or place in Slurm's queue (.job)."""
+        return self.folder / RECORDS / f"{one.point.name}.{ending}"
+
+
+def write(path: Path, text: str) -> None:
+    """Replace a file in one step: a kill leaves the old one or the new one."""
+    beside = path.with_name(f"{path.name}.tmp")
+    beside.write_text(text, encoding="utf-8")
+    beside.replace(path)
 
 
 def grid(axes: Mapping[str, Sequence[Any]]) -> list[Point]:
@@ -160,9 +182,9 @@ def _config(each: Point, base: Config, folder: Path) -> Config:
 
 
 def _check_name(each: Point) -> None:
-    if each.name in (RECORDS, ".", "..") or re.search(r"[/\0\n]", each.name) or not each.name:
+    if each.name in _TAKEN or re.search(r"[/\0\n]", each.name) or not each.name:
         raise ConfigError(
-            f"a point cannot be called {each.name!r}: its name is a folder's, and {RECORDS} is taken"
+            f"a point cannot be called {each.name!r}: its name is a folder's, and {', '.join(_TAKEN)} are taken"
         )
 
 

@@ -13,10 +13,8 @@ import fcntl
 import json
 import math
 import os
-import shutil
 import socket
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -26,9 +24,11 @@ from typing import Any
 
 from vmamba_dist.checkpoint import store
 from vmamba_dist.checkpoint.store import CheckpointError, Meta
+from vmamba_dist.cluster import ledger, slurm
 from vmamba_dist.config.schema import ConfigError
 from vmamba_dist.core.rundir import Attempt, attempts, last_attempt
 
+SWEEP = "sweep.json"  # in a sweep's folder: its points
 ROOT = "runs"  # where runs lie unless somebody says otherwise
 STALE_S = 900.0  # a living owner that writes nothing for this long hangs, or saves very much
 _FRESH_S = 60.0  # somebody who wrote this lately lives, though its lock cannot be seen from here
@@ -102,9 +102,12 @@ def is_run(path: Path) -> bool:
 
 
 def find_runs(root: Path, depth: int = _DEPTH) -> Iterator[Path]:
-    """The run directories at or below `root`, in the order of their names."""
+    """The run directories at or below `root`, in the order of their names; a sweep's in the order of its points."""
     if is_run(root):
         yield root
+    elif (root / SWEEP).exists():
+        points = json.loads((root / SWEEP).read_text())["points"]
+        yield from (root / point["name"] for point in points)  # those that have not begun too
     elif depth > 0:
         for entry in sorted(root.iterdir()):
             if entry.is_dir() and not entry.is_symlink():
@@ -165,23 +168,25 @@ def tail(run: Path) -> list[dict[str, Any]]:
 
 
 def queue() -> dict[str, str]:
-    """This user's jobs in Slurm's queue: id → state, array elements under both of their ids. Empty without Slurm."""
-    if shutil.which("squeue") is None:
+    """This user's jobs in Slurm's queue: id (of an array's element: ARRAY_INDEX) → state. Empty without Slurm."""
+    told = slurm.call(["squeue", "--me", "--noheader", "--array", "--format=%i|%T"])
+    if told is None:
         return {}
-    told = subprocess.run(
-        ["squeue", "--me", "--noheader", "--array", "--format=%A|%i|%T"],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=60,
-    )
     if told.returncode:
-        print(f"squeue cannot be asked: {told.stderr.strip().splitlines()[-1]}", file=sys.stderr)
+        print(f"squeue cannot be asked: {slurm.complaint(told.stderr)}", file=sys.stderr)
         return {}
-    found: dict[str, str] = {}
-    for raw, name, state in (line.split("|") for line in told.stdout.split()):
-        found |= {raw: state, name: state}
-    return found
+    return dict(line.split("|", 1) for line in told.stdout.split())
+
+
+def job_of(run: Path) -> str:
+    """Slurm's id of the run's last submission, "" where there was none; a sweep keeps those of its points."""
+    file = run.parent / "points" / f"{run.name}.job"
+    job = file.read_text().strip() if file.exists() else ""
+    if not job:
+        submitted = sorted(run.glob("slurm/*/*_submitted.pkl"), key=lambda path: path.stat().st_mtime)
+        job = submitted[-1].name.removesuffix("_submitted.pkl") if submitted else ""
+    line = ledger.last(run)
+    return line.successor if line is not None and line.event == "resubmitted" else job
 
 
 def record(run: Path, jobs: Mapping[str, str] | None = None) -> RunRecord:
@@ -202,7 +207,7 @@ def record(run: Path, jobs: Mapping[str, str] | None = None) -> RunRecord:
         checkpoint=meta.step if meta else None,
         checkpoint_age_s=_age(store.directory(run / "checkpoints", meta.step)) if meta else None,
         attempts=len(starts),
-        job=last.job if last else "",
+        job=last.job if last else job_of(run),
         evaluation=_evaluation(lines, meta),
         began=meta.extra.get("began") if meta else None,
         note=note,
@@ -216,7 +221,7 @@ def _state(
         (_age(p) for p in (run / "metrics.jsonl", run / "train.log", *run.glob("alive/*"))), default=0
     )
     elsewhere = last is not None and last.host != socket.gethostname() and silent < _FRESH_S
-    in_queue = jobs.get(last.job) if last else next(iter(_submitted(run, jobs)), None)
+    in_queue = (jobs.get(job_of(run)) or jobs.get(last.job if last else "")) if jobs else None
     if is_locked(run):
         return ("stale", f"{last}: no word for {_span(silent)}") if silent > STALE_S else ("running", "")
     if in_queue == "PENDING":
@@ -228,18 +233,14 @@ def _state(
     wanted = meta.extra.get("config", {}).get("run", {}).get("max_steps") if meta else None
     if meta is not None and has_reached(meta, wanted):
         return "paused", f"at run.max_steps={wanted}"
+    line = ledger.last(run)
+    if line is not None and line.verdict == "stop" and (last is None or line.at >= last.started):
+        return "failed", line.why
     if meta is not None and meta.step >= step:
         return "stopped", "saved; the same command goes on"
     if last is not None:
         return "failed", f"ended without a save, killed or crashed: {run / 'train.log'}"
     return "new", ""
-
-
-def _submitted(run: Path, jobs: Mapping[str, str]) -> Iterator[str]:
-    """The states of the jobs of this run that have not begun: submitit names its files after them."""
-    for file in run.glob("slurm/**/*_submitted.pkl"):
-        if (state := jobs.get(file.name.removesuffix("_submitted.pkl"))) is not None:
-            yield state
 
 
 def _age(path: Path) -> float:

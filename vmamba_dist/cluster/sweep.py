@@ -8,8 +8,10 @@ Below the sweep's folder (run.dir):
     NAME/               the run directory of a point
     points/NAME.yaml    the whole config of that run: `vmamba train config=…` runs it alone
     points/NAME.log     what its processes printed
-    points/NAME.json    how its last start ended
+    points/NAME.json    how its last start here ended
+    points/NAME.job     its last id in Slurm's queue
     points/lock         held by the sweep that is at work here
+    slurm/, code/       what arrays print, and the code that they run
     sweep.json          the command and the points
     results.csv         a line a point
 """
@@ -33,14 +35,27 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from vmamba_dist.cluster import status
+from vmamba_dist.cluster import arrays, status
 from vmamba_dist.cluster.follow import REQUEUE, Requests
-from vmamba_dist.cluster.points import RECORDS, Planned, Point, checkpoint_of, from_csv, grid, plan
+from vmamba_dist.cluster.points import (
+    RECORDS,
+    Branch,
+    Planned,
+    Point,
+    Sweep,
+    checkpoint_of,
+    from_csv,
+    grid,
+    plan,
+    write,
+)
 from vmamba_dist.cluster.status import RunRecord
 from vmamba_dist.config import Config, ConfigError, UserError, load_beside, to_yaml, trajectory
 
 FAILED = 1
 _POLL_S = 0.2
+_SLURM_POLL_S = 3.0
+_ALIVE = ("running", "stale", "queued")
 _SETTINGS = ("parallel", "points")
 _PR_SET_PDEATHSIG = 1
 
@@ -67,36 +82,33 @@ class PointResult:
         return self.planned.run
 
 
-@dataclass(frozen=True)
-class Sweep:
-    """What is to be run, where, and how much of it at a time."""
-
-    folder: Path
-    planned: Sequence[Planned]
-    parallel: int
-    command: str  # that goes on with it
-
-    def file(self, one: Planned, ending: str) -> Path:
-        """The point's config (.yaml), output (.log) or end (.json)."""
-        return self.folder / RECORDS / f"{one.point.name}.{ending}"
-
-
 def run_points(
-    points: Sequence[Point], *, base: Config, folder: Path, parallel: int = 1, command: str = ""
+    points: Sequence[Point],
+    *,
+    base: Config,
+    folder: Path,
+    parallel: int = 1,
+    command: str = "",
+    follow: bool = True,
+    beside: Sequence[PointResult] = (),
 ) -> list[PointResult]:
     """Run every point that has not finished, `parallel` at a time, and return how all of them stand.
 
-    One point's failure stops no other. Ctrl-C and SIGTERM ask all of them to save and end; then the others are
-    "missing" or "stopped", and the same call goes on. Writes results.csv. Raises ConfigError before anything
-    starts, SweepBusy where another process is at work there.
+    Here as processes of this machine, or with launch.cluster=slurm as an array, which `follow` waits for. One point's
+    failure stops no other. Ctrl-C asks processes here to save and end, and leaves an array alone; either way the same
+    call goes on. Writes results.csv, with the rows of `beside` first. Raises ConfigError before anything starts,
+    SweepBusy where another process is at work there.
     """
     sweep = Sweep(folder, plan(points, base, folder), parallel, command)
     check_runs(sweep.planned)
     with owned(folder):
-        write_plan(sweep)
-        _run_here(sweep)
-        results = gather(sweep)
-        write_results(sweep, results)
+        write_plan(sweep, [result.planned for result in beside])
+        if base.launch.on_slurm:
+            _run_on_slurm(sweep, follow=follow)
+        else:
+            _run_here(sweep)
+        results = gather(sweep, status.queue() if base.launch.on_slurm else None)
+        write_results(sweep, [*beside, *results])
     return results
 
 
@@ -168,12 +180,13 @@ def owned(folder: Path) -> Iterator[None]:
         yield
 
 
-def write_plan(sweep: Sweep) -> None:
+def write_plan(sweep: Sweep, beside: Sequence[Planned] = ()) -> None:
     """Write the points, and the config of each, for the sweep's processes and for whoever looks."""
-    content = {"command": sweep.command, "points": [asdict(one.point) for one in sweep.planned]}
-    _write(sweep.folder / "sweep.json", json.dumps(content, indent=1) + "\n")
+    points = [asdict(one.point) for one in (*beside, *sweep.planned)]
+    content = {"command": sweep.command, "points": points}
+    write(sweep.folder / status.SWEEP, json.dumps(content, indent=1) + "\n")
     for one in sweep.planned:
-        _write(sweep.file(one, "yaml"), to_yaml(one.config))
+        write(sweep.file(one, "yaml"), to_yaml(one.config))
 
 
 def write_results(sweep: Sweep, results: Sequence[PointResult]) -> Path:
@@ -187,7 +200,7 @@ def write_results(sweep: Sweep, results: Sequence[PointResult]) -> Path:
     writer.writeheader()
     writer.writerows(rows)
     path = sweep.folder / "results.csv"
-    _write(path, text.getvalue())
+    write(path, text.getvalue())
     return path
 
 
@@ -295,10 +308,14 @@ def _next(sweep: Sweep, waiting: list[Planned], running: Sequence[_Child], told:
             return one
         if branch.of not in coming:
             waiting.remove(one)
-            missing = f"it begins in step {branch.step} of {branch.of}, which has not been saved"
-            _note_end(sweep, one, FAILED, missing)
-            print(f"{one.point.name} cannot start: {missing}", flush=True)
+            _cannot_begin(sweep, one, branch)
     return None
+
+
+def _cannot_begin(sweep: Sweep, one: Planned, branch: Branch) -> None:
+    missing = f"it begins in step {branch.step} of {branch.of}, which has not been saved"
+    _note_end(sweep, one, FAILED, missing)
+    print(f"{one.point.name} cannot start: {missing}", flush=True)
 
 
 def _start(sweep: Sweep, one: Planned, slot: int, gpus: Sequence[str]) -> _Child:
@@ -373,7 +390,7 @@ def _last_words(log: Path, code: int) -> str:
 
 
 def _note_end(sweep: Sweep, one: Planned, code: int, reason: str) -> None:
-    _write(
+    write(
         sweep.file(one, "json"), json.dumps({"exit_code": code, "reason": reason, "at": time.time()}) + "\n"
     )
 
@@ -387,10 +404,49 @@ def _last_end(sweep: Sweep, one: Planned) -> dict[str, Any] | None:
     return found
 
 
-def _write(path: Path, text: str) -> None:
-    beside = path.with_name(f"{path.name}.tmp")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(path)
+def _run_on_slurm(sweep: Sweep, *, follow: bool) -> None:
+    """Queue what has not finished and is not in the queue already."""
+    now = gather(sweep, status.queue())
+    there = {result.point.name for result in now if result.state in _ALIVE}
+    todo = [result.planned for result in now if result.state not in (*_ALIVE, "finished")]
+    coming = there | {one.point.name for one in todo}
+    for one in list(todo):
+        branch = one.point.branch
+        begun = branch is None or status.newest(one.run) or checkpoint_of(sweep.folder, branch).is_dir()
+        if branch is not None and not begun and branch.of not in coming:
+            todo.remove(one)
+            _cannot_begin(sweep, one, branch)
+    finished = len(now) - len(there) - len(todo)
+    print(f"{len(now)} points: {finished} finished, {len(there)} queued or running already", flush=True)
+    queued = arrays.submit(sweep, todo, there)
+    if queued:
+        told = {
+            "arrays": f"{', '.join(queued)}: {len(todo)} points, {sweep.parallel} at a time",
+            "look": f"vmamba runs {shlex.quote(str(sweep.folder))}",
+            "cancel": f"scancel {' '.join(queued)}",
+            "gather": f"{sweep.command}  # runs again what failed, and nothing that has finished",
+        }
+        print("\n".join(f"{key:<8} {value}" for key, value in told.items()), flush=True)
+    if follow:
+        _watch(sweep)
+
+
+def _watch(sweep: Sweep) -> None:
+    """Tell how points fare until none is queued or running; Ctrl-C leaves them alone."""
+    told: dict[str, str] = {}
+    quiet = 0
+    try:
+        while quiet < 2:  # twice: a job that is requeued may look ended for a moment
+            now = gather(sweep, status.queue())
+            for result in now:
+                if told.get(result.point.name) != result.state:
+                    told[result.point.name] = result.state
+                    print(f"{result.point.name} {result.state}  {result.reason}".rstrip(), flush=True)
+            alive = any(result.state in _ALIVE for result in now)
+            quiet = 0 if alive else quiet + 1
+            time.sleep(_SLURM_POLL_S)
+    except KeyboardInterrupt:
+        print("the jobs go on", flush=True)
 
 
 def read_words(words: Sequence[str]) -> tuple[list[Point], Config, int]:
@@ -414,18 +470,22 @@ def read_words(words: Sequence[str]) -> tuple[list[Point], Config, int]:
 
 def main(words: Sequence[str]) -> int:
     """Run a sweep; return 0 when all points have finished, 1 where one failed, 75 where it was stopped."""
-    dry = "--dry-run" in words
-    words = [word for word in words if word != "--dry-run"]
+    flags = {"--dry-run", "--follow"} & set(words)
+    words = [word for word in words if word not in flags]
     points, base, parallel = read_words(words)
     folder = Path(base.run.dir)
-    if dry:
+    if "--dry-run" in flags:
         sweep = Sweep(folder, plan(points, base, folder), parallel, "")
         check_runs(sweep.planned)
-        rows = [(each.point.name, each.state, " ".join(each.point.words)) for each in gather(sweep)]
+        rows = [
+            (each.point.name, each.state, " ".join(each.point.words))
+            for each in gather(sweep, status.queue())
+        ]
         print(status.table([("point", "state", "config"), *rows]))
         print(f"\n{len(points)} points, {parallel} at a time, below {folder}")
         return 0
     command = shlex.join(["python", "launch/sweep.py", *words])
-    results = run_points(points, base=base, folder=folder, parallel=parallel, command=command)
+    follow = not base.launch.on_slurm or "--follow" in flags or base.launch.follow is True
+    results = run_points(points, base=base, folder=folder, parallel=parallel, command=command, follow=follow)
     print(f"\n{overview(results)}\n\nresults  {folder / 'results.csv'}")
-    return exit_code(results)
+    return exit_code(results) if follow else 0
