@@ -75,12 +75,15 @@ def first_host() -> str:
     return str(JobEnvironment().hostnames[0])
 
 
-def use_cpus_of_task() -> None:
-    """Compute with as many threads as Slurm gave this task cores, unless OMP_NUM_THREADS says otherwise."""
+def cores_of_task() -> int:
+    """How many cores Slurm gave this task."""
     cores = len(os.sched_getaffinity(0))
-    os.environ.setdefault(
-        "OMP_NUM_THREADS", str(min(cores, int(os.environ.get("SLURM_CPUS_PER_TASK") or cores)))
-    )
+    return int(os.environ.get("SLURM_CPUS_PER_TASK") or cores)
+
+
+def use_cpus_of_task() -> None:
+    """Compute with as many threads as this task has cores, unless OMP_NUM_THREADS says otherwise."""
+    os.environ.setdefault("OMP_NUM_THREADS", str(cores_of_task()))
 
 
 def launcher_lives() -> bool:

@@ -82,11 +82,11 @@ class TrainJob:
         place = env.submitit_place()
         env.enter(place, env.slurm_rendezvous(start, env.first_host()))
         env.use_cpus_of_task()
-        if place.rank == 0:
-            print(
-                f"job {start.key}, start {start.restart + 1}, on {start.nodes}; code {code_folder()}",
-                flush=True,
-            )
+        print(
+            f"job {start.key}, start {start.restart + 1}, rank {place.rank} of {place.size} on {start.nodes}; "
+            f"{env.cores_of_task()} cores, GPUs {env.visible_devices() or 'none'}; code {code_folder()}",
+            flush=True,
+        )
 
         outcome, message = self._train(start)
         file = outcome_file(env.submitit_folder(), start.key, place.rank)

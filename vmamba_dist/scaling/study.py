@@ -139,7 +139,7 @@ class Choice:
 def plan_study(cfg: Config) -> Study:
     """Lay out a study. Raises ConfigError where it is empty, costs more than allowed, or cannot be fitted."""
     rungs = _rungs(cfg)
-    classes = _classes(cfg)
+    classes = classes_of(cfg)
     study = cfg.study
     if not (study.samples or study.flops or study.levels):
         raise ConfigError("study.samples, study.flops and study.levels are all unset: set one of them")
@@ -211,7 +211,8 @@ def _lowest(found: Sequence[tuple[float, float]], tried: Sequence[float]) -> Cho
 def _slope(logs: Sequence[tuple[float, float]]) -> float:
     mean_x, mean_y = (sum(values) / len(logs) for values in zip(*logs, strict=True))
     across = sum((x - mean_x) * (x - mean_x) for x, _ in logs)
-    return sum((x - mean_x) * (y - mean_y) for x, y in logs) / across
+    along = sum((x - mean_x) * (y - mean_y) for x, y in logs)
+    return float(along / across)
 
 
 # The ladder
@@ -226,7 +227,7 @@ def _rungs(cfg: Config) -> tuple[Rung, ...]:
             "study.models, study.widths and study.sizes are all unset: a ladder needs two models"
         )
     side = cfg.data.image_size
-    classes = _classes(cfg)
+    classes = classes_of(cfg)
     sized = []
     for label, model in models:
         variant = configured(model)
@@ -300,7 +301,7 @@ def _deepened(
     return first, second, max(1, round(third * (width / min(widths)) ** power)), last
 
 
-def _classes(cfg: Config) -> int:
+def classes_of(cfg: Config) -> int:
     """model.num_classes, else what the shards' index on this machine says, else ImageNet-1k's."""
     if cfg.model.num_classes is not None:
         return cfg.model.num_classes
@@ -318,7 +319,7 @@ def _hours(cfg: Config, model: ModelConfig, macs: int, batch: int) -> float | No
     """Device-hours a sample, by `vmamba plan`'s model of a GPU or by a stated rate."""
     study = cfg.study
     if study.gpu:
-        return gpu_hours_per_sample(replace(cfg, model=model), batch, study.gpu, study.gpus, _classes(cfg))
+        return gpu_hours_per_sample(replace(cfg, model=model), batch, study.gpu, study.gpus, classes_of(cfg))
     if study.device_gflops:
         return 6 * macs / (1e9 * study.device_gflops) / _PER_HOUR
     return None

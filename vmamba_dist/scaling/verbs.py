@@ -34,6 +34,12 @@ SUB_VERBS = {
         "config=STUDY [key=value …]",
         "points, costs and the total, before anything runs",
     ),
+    "fit": SubVerb(
+        "vmamba_dist.scaling.fitted:main",
+        "config=STUDY [key=value …] | table=RUNS.csv   [out=FIT.json] [details=FILE.json] [bootstraps=N] [delta=X]\n"
+        "                        [of=loss|top1 against=samples|params|resolution|width|depth]",
+        "loss as a law of parameters and samples, with intervals; of a study's runs or of any table",
+    ),
 }
 
 

@@ -1,0 +1,120 @@
+"""A job goes on by itself under its own id, whatever ended it, and ends with an undisturbed run's numbers."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from distributed.micro import metrics
+from slurm import lab
+from slurm.lab import STEPS, Job, restarts, same_as, submit, wait_until
+
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
+
+
+def test_two_nodes_with_two_tasks_train_to_the_end(whole: Job) -> None:
+    assert [line["step"] for line in metrics(whole.run)] == list(range(1, STEPS + 1))
+    assert restarts(whole) == 0
+    for rank in range(4):
+        assert f"rank {rank} of 4 on node[" in whole.output(rank)
+        assert "2 cores" in whole.output(rank)  # srun --cpus-per-task: the workers' too
+    assert [result for _, result in whole.results()] == [whole.results()[0][1]] * 4
+    same_as(whole, whole.run)
+
+
+def test_one_rank_is_killed(words: list[str], whole: Job, tmp_path: Path) -> None:
+    """SIGKILL, as the kernel does out of memory: Slurm itself would call the job failed. Rank 0, who speaks for all."""
+    job = submit(words, tmp_path / "run")
+    with job.frozen(9) as ranks:
+        wait_until(lambda: job.saved, "a checkpoint")
+        newest = job.saved[-1]
+        os.kill(ranks[0], signal.SIGKILL)
+    job.await_end()
+    same_as(job, whole.run)
+    assert restarts(job) == 1
+    assert job.ends[0][0] == "go on"
+    assert job.begun[0] == 1
+    assert job.begun[1] > newest, "at most the steps since the last save are repeated"
+
+
+def test_a_signal_to_one_rank_stops_all_at_the_same_step(
+    words: list[str], whole: Job, tmp_path: Path
+) -> None:
+    job = submit(words, tmp_path / "run")
+    with job.frozen(9) as ranks:
+        os.kill(ranks[3], signal.SIGUSR2)
+    job.await_end()
+    same_as(job, whole.run)
+    assert restarts(job) == 1
+    assert job.ends[0] == ("go on", "asked to stop, saved")
+    stopped = int(job.log.partition("asked to stop: saved step ")[2].partition(";")[0])
+    assert job.begun == [1, stopped + 1]  # nothing is repeated
+
+
+def test_requeued_from_outside(words: list[str], whole: Job, tmp_path: Path) -> None:
+    job = submit(words, tmp_path / "run")
+    job.await_step(9)
+    with job.frozen(9):
+        newest = job.saved[-1]
+        lab.slurm("scontrol", "requeue", job.id)  # SIGCONT and SIGTERM to all, SIGKILL later
+    job.await_end()
+    same_as(job, whole.run)
+    assert restarts(job) == 1
+    assert job.begun[1] > newest
+    assert not any(line.counts for line in job.starts if line.event == "end" and line.verdict == "leave")
+
+
+def test_preempted_by_a_higher_partition(words: list[str], whole: Job, tmp_path: Path) -> None:
+    job = submit(words, tmp_path / "run", "launch.partition=low")
+    with job.frozen(9):
+        rival = lab.slurm(
+            "sbatch", "--parsable", "--partition=high", "--nodes=4", "--exclusive", "--time=5",
+            "--output=/dev/null", "--wrap=sleep 5",
+        ).strip()  # fmt: skip
+        time.sleep(3)  # the scheduler looks every two seconds
+    job.await_end()
+    same_as(job, whole.run)
+    assert Job(rival, tmp_path, "").state == "COMPLETED"
+    assert restarts(job) == 1
+    assert job.ends[0] == ("go on", "pre-empted, saved")
+
+
+def test_a_node_is_gone(words: list[str], whole: Job, tmp_path: Path) -> None:
+    """slurmd, its steps and the ranks at once, on the machine that also ran the batch script."""
+    job = submit(words, tmp_path / "run")
+    with job.frozen(9):
+        newest = job.saved[-1]
+        node = job.field("BatchHost")
+        lab.cluster("kill-node", node)
+    try:
+        job.await_end()
+    finally:
+        lab.cluster("revive-node", node)
+    same_as(job, whole.run)
+    assert restarts(job) >= 1
+    assert job.begun[1] > newest
+
+
+def test_the_time_limit_three_times(words: list[str], whole: Job, tmp_path: Path) -> None:
+    job = submit(words, tmp_path / "run", "launch.time_limit_min=3", "launch.signal_delay_s=10")
+    lab.slurm(
+        "scontrol", "update", f"JobId={job.id}", "TimeLimit=1"
+    )  # nobody waits three minutes, three times
+    for attempt in range(3):
+        wait_until(lambda attempt=attempt: len(job.begun) > attempt and job.ranks(), f"start {attempt + 1}")
+        with job.frozen(8 * (attempt + 1)):
+            # The warning comes 10 s before the limit, and up to 60 s earlier, once a half minute.
+            wait_until(lambda: _seconds(job.field("RunTime")) >= 51, "the warning")
+    job.await_end()
+    same_as(job, whole.run)
+    assert restarts(job) == 3
+    assert job.ends[:3] == [("go on", "asked to stop, saved")] * 3
+
+
+def _seconds(clock: str) -> int:
+    hours, minutes, seconds = map(int, clock.rpartition("-")[2].split(":"))
+    return 3600 * hours + 60 * minutes + seconds
