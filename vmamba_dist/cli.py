@@ -79,9 +79,14 @@ VERBS = {
     ),
     "study": Verb(
         "vmamba_dist.scaling.verbs:main",
-        "plan | fit | report | predict …",
+        "plan | run | fit | report | predict …",
         "scaling studies: what they cost, the law that their runs follow, what it predicts",
         own_help=True,
+    ),
+    "search": Verb(
+        "vmamba_dist.cluster.search:main",
+        "config=FILE search.space.KEY=SPACE … [search.method=random|halving] [search.trials=N] [key=value …] [--dry-run]",
+        "search hyper-parameters, at random or by successive halving",
     ),
     "doctor": Verb(
         "vmamba_dist.doctor:main",

@@ -94,5 +94,7 @@ def _on_gpus(plan: Plan) -> Plan:
 
 def _shared(plans: Sequence[Plan]) -> LaunchConfig:
     """What an array asks of Slurm: its elements differ in their readers at most, and get the most of them."""
-    cpus = max(plan.config.launch.cpus_per_task or 1 for plan in plans)
-    return replace(plans[0].config.launch, cpus_per_task=cpus)
+    launches = [plan.config.launch for plan in plans]
+    cpus = max(launch.cpus_per_task or 1 for launch in launches)
+    names = {launch.name for launch in launches}
+    return replace(launches[0], cpus_per_task=cpus, name=names.pop() if len(names) == 1 else "sweep")

@@ -167,14 +167,14 @@ def tail(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines if line.endswith(b"\n")]
 
 
-def queue() -> dict[str, str]:
-    """This user's jobs in Slurm's queue: id (of an array's element: ARRAY_INDEX) → state. Empty without Slurm."""
+def queue() -> dict[str, str] | None:
+    """This user's jobs in Slurm's queue: id (of an array's element: ARRAY_INDEX) → state; None without Slurm."""
     told = slurm.call(["squeue", "--me", "--noheader", "--array", "--format=%i|%T"])
     if told is None:
-        return {}
+        return None
     if told.returncode:
         print(f"squeue cannot be asked: {slurm.complaint(told.stderr)}", file=sys.stderr)
-        return {}
+        return None
     return dict(line.split("|", 1) for line in told.stdout.split())
 
 
@@ -195,7 +195,7 @@ def record(run: Path, jobs: Mapping[str, str] | None = None) -> RunRecord:
     last = last_attempt(run)
     meta, lines = newest(run), tail(run)
     line = lines[-1] if lines else {}
-    state, note = _state(run, last, meta, int(line.get("step", 0)), jobs or {})
+    state, note = _state(run, last, meta, int(line.get("step", 0)), jobs)
     return RunRecord(
         run=str(run),
         state=state,
@@ -215,12 +215,14 @@ def record(run: Path, jobs: Mapping[str, str] | None = None) -> RunRecord:
 
 
 def _state(
-    run: Path, last: Attempt | None, meta: Meta | None, step: int, jobs: Mapping[str, str]
+    run: Path, last: Attempt | None, meta: Meta | None, step: int, jobs: Mapping[str, str] | None
 ) -> tuple[str, str]:
     silent = min(
         (_age(p) for p in (run / "metrics.jsonl", run / "train.log", *run.glob("alive/*"))), default=0
     )
     elsewhere = last is not None and last.host != socket.gethostname() and silent < _FRESH_S
+    if last is not None and last.job and jobs is not None:
+        elsewhere = False  # the queue knows better
     in_queue = (jobs.get(job_of(run)) or jobs.get(last.job if last else "")) if jobs else None
     if is_locked(run):
         return ("stale", f"{last}: no word for {_span(silent)}") if silent > STALE_S else ("running", "")

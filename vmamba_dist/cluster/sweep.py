@@ -56,7 +56,6 @@ FAILED = 1
 _POLL_S = 0.2
 _SLURM_POLL_S = 3.0
 _ALIVE = ("running", "stale", "queued")
-_SETTINGS = ("parallel", "points")
 _PR_SET_PDEATHSIG = 1
 
 
@@ -133,10 +132,10 @@ def check_runs(planned: Sequence[Planned]) -> None:
 
 def gather(sweep: Sweep, jobs: Mapping[str, str] | None = None) -> list[PointResult]:
     """How every point stands, from its run directory, its last end and the queue."""
-    return [_result(sweep, one, jobs or {}) for one in sweep.planned]
+    return [_result(sweep, one, jobs) for one in sweep.planned]
 
 
-def _result(sweep: Sweep, one: Planned, jobs: Mapping[str, str]) -> PointResult:
+def _result(sweep: Sweep, one: Planned, jobs: Mapping[str, str] | None) -> PointResult:
     record = status.record(one.run, jobs)
     if record.state in ("running", "stale", "queued"):
         return PointResult(one, record.state, record, record.note)
@@ -376,7 +375,7 @@ def _ended(sweep: Sweep, child: _Child, *, asked: bool) -> None:
         code = REQUEUE
     reason = "" if code in (0, REQUEUE) else _last_words(sweep.file(child.one, "log"), code)
     _note_end(sweep, child.one, code, reason)
-    result = _result(sweep, child.one, {})
+    result = _result(sweep, child.one, None)
     seen = status.brief(result.record.evaluation) or result.reason
     print(f"{child.one.point.name} {result.state} at step {result.record.step}  {seen}".rstrip(), flush=True)
 
@@ -449,12 +448,18 @@ def _watch(sweep: Sweep) -> None:
         print("the jobs go on", flush=True)
 
 
-def read_words(words: Sequence[str]) -> tuple[list[Point], Config, int]:
-    """The points, the config that they share and sweep.parallel, of a command line. Raises ConfigError."""
-    base, said = load_beside(words, "sweep")
+def take_parallel(said: dict[str, Any]) -> int:
+    """Take sweep.parallel out of what was said of the group. Raises ConfigError."""
     parallel = said.pop("parallel", 1)
     if type(parallel) is not int or parallel < 1:
         raise ConfigError(f"sweep.parallel={parallel!r}: points at a time; use 1 or more")
+    return parallel
+
+
+def read_words(words: Sequence[str]) -> tuple[list[Point], Config, int]:
+    """The points, the config that they share and sweep.parallel, of a command line. Raises ConfigError."""
+    base, said = load_beside(words, "sweep")
+    parallel = take_parallel(said)
     table = said.pop("points", None)
     if table is not None and said:
         raise ConfigError(

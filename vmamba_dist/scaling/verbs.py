@@ -34,6 +34,11 @@ SUB_VERBS = {
         "config=STUDY [key=value …]",
         "points, costs and the total, before anything runs",
     ),
+    "run": SubVerb(
+        "vmamba_dist.scaling.running:main",
+        "config=STUDY [sweep.parallel=N] [key=value …]",
+        "its points, here or as a Slurm array; again to go on",
+    ),
     "fit": SubVerb(
         "vmamba_dist.scaling.fitted:main",
         "config=STUDY [key=value …] | table=RUNS.csv   [out=FIT.json] [details=FILE.json] [bootstraps=N] [delta=X]\n"
