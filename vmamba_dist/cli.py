@@ -85,7 +85,7 @@ VERBS = {
     ),
     "search": Verb(
         "vmamba_dist.cluster.search:main",
-        "config=FILE search.space.KEY=SPACE … [search.method=random|halving] [search.trials=N] [key=value …] [--dry-run]",
+        "config=FILE search.space.KEY=SPACE … [search.method=random|halving] [search.trials=N] [key=value …]",
         "search hyper-parameters, at random or by successive halving",
     ),
     "doctor": Verb(

@@ -199,3 +199,41 @@ def test_a_killed_point_is_named_and_run_again(digits: Path, tmp_path: Path) -> 
     assert "killed by SIGKILL" in out
     assert results(folder)["seed=1"]["state"] == "failed"
     assert status.record(run).state == "failed"
+
+
+def search(digits: Path, folder: Path, *more: str) -> list[str]:
+    base = words(digits, folder, "eval.every_epochs=0", "checkpoint.async_save=false", "run.max_steps=6")
+    space = ["search.space.optim.lr={log: [1e-4, 1e-2]}", "search.trials=3"]
+    return [sys.executable, "-m", "vmamba_dist.cli", "search", *base, *space, "search.parallel=2", *more]
+
+
+def test_halving_goes_on_where_it_was_killed(digits: Path, tmp_path: Path) -> None:
+    """The survivor continues its own run, and the config of the best trial is that run's."""
+    folder = tmp_path / "search"
+    command = search(digits, folder, "search.method=halving", "search.rungs=[3]", "search.factor=3")
+    judged = [folder / f"t00{i}" for i in range(2)]
+    with running(
+        command, lambda: any(store.list_checkpoints(run / "checkpoints") for run in judged)
+    ) as process:
+        process.kill()
+    done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "3 to step 3, 1 to step 6, 2 at a time" in done.stdout
+
+    scores = {run.name: metrics(run)[2]["eval/ema/top1"] for run in status.find_runs(folder)}
+    assert len(scores) == 3
+    best = max(sorted(scores), key=lambda name: scores[name])
+    assert f"step 3: 1 of 3 go on: {best}" in done.stdout
+    assert {run.name: len(metrics(run)) for run in status.find_runs(folder)} == {
+        name: 6 if name == best else 3 for name in scores
+    }
+    found = load([f"config={folder / 'best.yaml'}"])
+    assert found.run.dir == str(folder / best)
+    assert found.run.max_steps == 6
+    assert results(folder)[best]["optim.lr"] == f"{found.optim.lr:g}"
+    assert len(results(folder)) == 3
+
+    again = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, check=False)
+    assert again.returncode == 0
+    assert " begins" not in again.stdout
+    assert again.stdout.splitlines()[-3:] == done.stdout.splitlines()[-3:]

@@ -1,7 +1,7 @@
 """`vmamba search`: hyper-parameters at random, or by successive halving, on the sweep.
 
-Law: a trial is a function of (search.seed, its number, the key): more trials or keys change no earlier draw. Who goes on
-from a rung is read from the trials' metrics, so a search that was killed goes on by the same command.
+Law: a trial is a function of (search.seed, its number, the key): more trials or keys change no earlier draw. Who goes
+on from a rung is read from the trials' metrics, so a search that was killed goes on by the same command.
 
 A rung is run.max_steps: a trial that goes on continues its own run, under the schedule of the whole, and repeats
 nothing. Why no library: random draws are a hash and halving is a sort, and Optuna's storage would be a second truth
@@ -116,6 +116,8 @@ def read_words(words: Sequence[str]) -> tuple[Search, Config]:
     """The search and the config of its runs, of a command line. Raises ConfigError."""
     base, said = load_beside(words, "search")
     space = {key.removeprefix("space."): said.pop(key) for key in list(said) if key.startswith("space.")}
+    for key in space:  # a range of a key that no config has was taken for a group
+        check_key(key.removesuffix(f".{_kind(key)}"), place="search.space.")
     known = {item.name for item in fields(Search)} - {"space"}
     for key in said:
         if key not in known:
@@ -131,6 +133,10 @@ def read_words(words: Sequence[str]) -> tuple[Search, Config]:
         raise ConfigError(f"search.rungs={rungs}: the last is not before the end, run.max_steps={last}")
     weights = base.eval.weights if base.ema.enabled else "raw"
     return replace(search, metric=search.metric or f"eval/{weights}/{base.eval.metric}"), base
+
+
+def _kind(key: str) -> str:
+    return next((kind for kind in _KINDS if key.endswith(f".{kind}")), "")
 
 
 def main(words: Sequence[str]) -> int:

@@ -173,7 +173,8 @@ def queue() -> dict[str, str] | None:
     if told is None:
         return None
     if told.returncode:
-        print(f"squeue cannot be asked: {slurm.complaint(told.stderr)}", file=sys.stderr)
+        why = slurm.complaint(told.stderr).rpartition("; ")[2]
+        print(f"squeue cannot be asked: {why}", file=sys.stderr)
         return None
     return dict(line.split("|", 1) for line in told.stdout.split())
 
