@@ -40,6 +40,16 @@ SUB_VERBS = {
         "                        [of=loss|top1 against=samples|params|resolution|width|depth]",
         "loss as a law of parameters and samples, with intervals; of a study's runs or of any table",
     ),
+    "report": SubVerb(
+        "vmamba_dist.scaling.report:main",
+        "config=STUDY [key=value …] [out=FOLDER] [bootstraps=N]",
+        "the study as one HTML file and as Markdown, with plots, tables and commands; and for TensorBoard",
+    ),
+    "predict": SubVerb(
+        "vmamba_dist.scaling.predicted:main",
+        "model=NAME samples=N config=STUDY | fit=DETAILS.json [gpu=KIND] [gpus=N] [width=N] [image_size=PX] [batch=N]",
+        "the loss of a run that nobody has made, its interval, its GPU-hours, and whether the law reaches that far",
+    ),
 }
 
 
