@@ -44,7 +44,7 @@ class RunRecord:
     depth: float | None = None  # blocks
     model: str = ""
     seed: int | None = None
-    lr: float | None = None
+    lr: float | None = None  # optim.lr: at optim.lr_batch
     batch: int | None = None
     held_out: bool = False
     phase: str = "grid"
@@ -145,7 +145,7 @@ def read_run(path: Path) -> RunRecord:
         depth=float(variant.num_blocks),
         model=describe(cfg.model),
         seed=cfg.run.seed,
-        lr=cfg.optim.lr * (cfg.data.global_batch / cfg.optim.lr_batch if cfg.optim.lr_batch else 1.0),
+        lr=cfg.optim.lr,
         batch=cfg.data.global_batch,
         samples_per_s=_median(paced, "samples_per_s"),
         mfu=_median(paced, "mfu"),

@@ -24,7 +24,12 @@ class SubVerb:
 
     def load(self) -> Callable[[Sequence[str]], int]:
         module, _, name = self.target.partition(":")
-        function: Callable[[Sequence[str]], int] = getattr(importlib.import_module(module), name)
+        try:
+            function: Callable[[Sequence[str]], int] = getattr(importlib.import_module(module), name)
+        except ModuleNotFoundError as error:
+            if error.name != "matplotlib":
+                raise
+            raise ConfigError("plots need matplotlib: pip install 'vmamba-dist[study]'") from error
         return function
 
 
