@@ -41,8 +41,8 @@ VERBS = {
     ),
     "submit": Verb(
         "vmamba_dist.cluster.submit:main",
-        "config=FILE [key=value …] [--dry-run]",
-        "start the same run as a job and show its progress",
+        "config=FILE [key=value …] [--dry-run] [--follow]",
+        "start the same run as a job, here and shown, or on Slurm",
     ),
     "eval": Verb(
         "vmamba_dist.train.evaluate:main",

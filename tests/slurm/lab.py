@@ -104,8 +104,11 @@ class Job:
         return [(line.verdict, line.why) for line in self.starts if line.event == "end"]
 
     def output(self, rank: int = 0, kind: str = "out") -> str:
-        (file,) = self.run.glob(f"slurm/*/{self.id}_{rank}_log.{kind}")
-        return file.read_text()
+        (text,) = self.outputs(rank, kind)
+        return text
+
+    def outputs(self, rank: int = 0, kind: str = "out") -> list[str]:
+        return [file.read_text() for file in self.run.glob(f"slurm/*/{self.id}_{rank}_log.{kind}")]
 
     def results(self) -> list[tuple[str, Any]]:
         """What submitit's client finds."""
@@ -160,14 +163,21 @@ class Job:
         """Stop all ranks once `step` is in the metrics, and let them go on at the end."""
         self.await_step(step)
         ranks = self.ranks()
-        for pid in ranks.values():
-            os.kill(pid, signal.SIGSTOP)
-        assert self.steps < STEPS - 2, "stopped too late for what the test wants to see"
-        try:
+        with stopped(ranks):
+            assert self.steps < STEPS - 2, "stopped too late for what the test wants to see"
             yield ranks
-        finally:
-            for pid in ranks.values():
-                send(pid, signal.SIGCONT)
+
+
+@contextmanager
+def stopped(ranks: dict[int, int]) -> Iterator[None]:
+    """Stop processes, and let them go on at the end."""
+    for pid in ranks.values():
+        send(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for pid in ranks.values():
+            send(pid, signal.SIGCONT)
 
 
 def send(pid: int, number: signal.Signals) -> None:

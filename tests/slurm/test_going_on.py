@@ -11,7 +11,7 @@ import pytest
 
 from distributed.micro import metrics
 from slurm import lab
-from slurm.lab import STEPS, Job, restarts, same_as, submit, wait_until
+from slurm.lab import STEPS, Job, restarts, same_as, stopped, submit, wait_until
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
 
@@ -55,6 +55,18 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(
     assert job.begun == [1, stopped + 1]  # nothing is repeated
 
 
+def test_a_signal_while_a_start_still_loads_is_not_lost(words: list[str], whole: Job, tmp_path: Path) -> None:
+    job = submit(words, tmp_path / "run")
+    wait_until(lambda: "rank 2 of 4" in "".join(job.outputs(2)), "the first words of rank 2")
+    assert not job.begun
+    os.kill(job.ranks()[2], signal.SIGUSR2)
+    job.await_end()
+    same_as(job, whole.run)
+    assert job.ends[0] == ("go on", "asked to stop, saved")
+    assert job.begun[0] == 1
+    assert job.begun[1] < 4
+
+
 def test_requeued_from_outside(words: list[str], whole: Job, tmp_path: Path) -> None:
     job = submit(words, tmp_path / "run")
     job.await_step(9)
@@ -68,15 +80,21 @@ def test_requeued_from_outside(words: list[str], whole: Job, tmp_path: Path) -> 
     assert not any(line.counts for line in job.starts if line.event == "end" and line.verdict == "leave")
 
 
-def test_preempted_by_a_higher_partition(words: list[str], whole: Job, tmp_path: Path) -> None:
-    job = submit(words, tmp_path / "run", "launch.partition=low")
-    with job.frozen(9):
-        rival = lab.slurm(
-            "sbatch", "--parsable", "--partition=high", "--nodes=4", "--exclusive", "--time=5",
-            "--output=/dev/null", "--wrap=sleep 5",
-        ).strip()  # fmt: skip
-        time.sleep(3)  # the scheduler looks every two seconds
-    job.await_end()
+@pytest.mark.parametrize("mode", ["REQUEUE", "CANCEL"])
+def test_preempted_by_a_higher_partition(mode: str, words: list[str], whole: Job, tmp_path: Path) -> None:
+    """Put back by Slurm, or, where that would cancel it, by itself."""
+    lab.slurm("scontrol", "update", "PartitionName=low", f"PreemptMode={mode}")
+    try:
+        job = submit(words, tmp_path / "run", "launch.partition=low")
+        with job.frozen(9):
+            rival = lab.slurm(
+                "sbatch", "--parsable", "--partition=high", "--nodes=4", "--exclusive", "--time=5",
+                "--output=/dev/null", "--wrap=sleep 5",
+            ).strip()  # fmt: skip
+            time.sleep(3)  # the scheduler looks every two seconds
+        job.await_end()
+    finally:
+        lab.slurm("scontrol", "update", "PartitionName=low", "PreemptMode=REQUEUE")
     same_as(job, whole.run)
     assert Job(rival, tmp_path, "").state == "COMPLETED"
     assert restarts(job) == 1
@@ -106,13 +124,14 @@ def test_the_time_limit_three_times(words: list[str], whole: Job, tmp_path: Path
     )  # nobody waits three minutes, three times
     for attempt in range(3):
         wait_until(lambda attempt=attempt: len(job.begun) > attempt and job.ranks(), f"start {attempt + 1}")
-        with job.frozen(8 * (attempt + 1)):
-            # The warning comes 10 s before the limit, and up to 60 s earlier, once a half minute.
+        with stopped(job.ranks()):
+            # The warning comes 10 s before the limit, and up to 30 s earlier, because Slurm looks every half minute.
             wait_until(lambda: _seconds(job.field("RunTime")) >= 51, "the warning")
     job.await_end()
     same_as(job, whole.run)
     assert restarts(job) == 3
     assert job.ends[:3] == [("go on", "asked to stop, saved")] * 3
+    assert len(set(job.begun)) == 4  # each start got further
 
 
 def _seconds(clock: str) -> int:

@@ -120,6 +120,24 @@ def test_where_requeueing_is_forbidden_the_job_submits_itself_anew(
     assert job.ends[-1][0] == "done"
 
 
+def test_where_nothing_can_be_asked_of_slurm_the_command_is_left(words: list[str], tmp_path: Path) -> None:
+    """A node with srun alone, as some sites have them."""
+    tools = tmp_path / "only srun"
+    tools.mkdir()
+    (tools / "srun").symlink_to(str(shutil.which("srun")))
+    job = submit(words, tmp_path / "run", *ONE, f"launch.setup=PATH='{tools}'", cwd=tmp_path)
+    with job.frozen(5) as ranks:
+        os.kill(ranks[0], signal.SIGUSR2)
+    job.await_end("FAILED")
+    verdict, why = job.ends[-1]
+    assert verdict == "stop"
+    assert "no scontrol on this machine" in why
+    (command,) = re.findall(r"to go on: (cd .*)$", why)
+    assert command.startswith(f"cd {tmp_path} && vmamba submit data.train=")
+    assert f"vmamba: {why}" in job.output(0, "err")
+    assert job.results() == [("error", why)]
+
+
 def test_a_follower_leaves_the_job_alone_and_a_cancelled_job_stays_cancelled(
     words: list[str], tmp_path: Path
 ) -> None:
@@ -150,13 +168,19 @@ def test_a_follower_leaves_the_job_alone_and_a_cancelled_job_stays_cancelled(
     assert job.state == "RUNNING"
     for part in (f"run      {run}", str(run / "train.log"), f"tail -F {run}/train.log", f"scancel {number}"):
         assert part in text
+
+    second = submit(words, run, *ONE, "schedule.epochs=50")  # while the first one has the run
+    second.await_end("FAILED")
+    assert second.field("ExitCode") == "2:0"
+    assert f"in use by attempt 1 (host {job.field('BatchHost')}" in second.output(0, "err")
+
     lab.slurm("scancel", number)
     job.await_end("CANCELLED")
-    lab.wait_until(lambda: not lab.slurm("squeue", "-h"), "the job to leave")
+    wait_until(lambda: not lab.slurm("squeue", "-h"), "the job to leave")
     assert job.state == "CANCELLED"
-    assert job.ends == [("leave", "ended from outside (Slurm's state: COMPLETING)")] or job.ends == [
-        ("leave", "ended from outside (Slurm's state: CANCELLED)")
-    ]
+    verdict, why = job.ends[-1]
+    assert verdict == "leave"
+    assert why.startswith("ended from outside")
     assert job.saved[-1] == job.steps  # it saved before it went
 
 
@@ -219,7 +243,11 @@ def test_a_queued_job_runs_the_code_that_was_submitted(words: list[str], tmp_pat
     assert "+import vmamba_dist.new_file" in (code / snapshot.DIFF).read_text()
 
 
-def test_an_element_of_an_array_is_requeued_alone(words: list[str], tmp_path: Path) -> None:
+def test_an_element_of_an_array_is_requeued_alone(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for key, value in {"ARRAY_JOB_ID": "99", "ARRAY_TASK_ID": "5", "RESTART_COUNT": "7"}.items():
+        monkeypatch.setenv(f"SLURM_{key}", value)  # submitted from inside another job
     runs = [tmp_path / "a", tmp_path / "b"]
     configs = [load([*words, *ONE, f"run.dir={run}"]) for run in runs]
     executor = executors.slurm_executor(tmp_path / "array" / "1", configs[0].launch, parallelism=2)

@@ -95,11 +95,22 @@ def submit(executor: SlurmExecutor, jobs: Sequence[Callable[[], Any]]) -> list[s
             "launch.cluster=slurm: there is no sbatch on this machine; use a login node, or local"
         )
     try:
-        with executor.batch():  # of several jobs it makes one array
+        with _outside_any_job(), executor.batch():  # of several jobs it makes one array
             return [executor.submit(job) for job in jobs]
     except (FailedJobError, FailedSubmissionError) as error:
         told = "\n".join(line for line in str(error).splitlines() if line.startswith("sbatch:"))
         raise ConfigError(f"Slurm refused the job: {slurm.complaint(told or str(error))}") from error
+
+
+@contextmanager
+def _outside_any_job() -> Iterator[None]:
+    before = dict(os.environ)
+    for key in before.keys() - slurm.without_job(before).keys():
+        del os.environ[key]
+    try:
+        yield
+    finally:
+        os.environ.update(before)
 
 
 def check_path(folder: Path) -> None:

@@ -24,6 +24,7 @@ from vmamba_dist.core.rundir import RunBusy, last_attempt
 
 FAILED = 1
 MISUSED = 2  # a user's mistake, told in one line
+STOPS = (signal.SIGTERM, signal.SIGUSR2)
 
 
 @dataclass(frozen=True)
@@ -47,14 +48,14 @@ class TrainJob:
     command: str = ""  # that submits the same again
 
     def __call__(self) -> Report:
-        # Until the trainer can save, a signal has nothing to wait for. submitit would swallow SIGTERM and
-        # answer SIGUSR2 by a requeue of its own.
-        for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGCONT):
-            signal.signal(number, signal.SIG_DFL)
+        # submitit would swallow SIGTERM and answer SIGUSR2 by a requeue of its own.
+        signal.signal(signal.SIGCONT, signal.SIG_DFL)
         start = env.slurm_start()
         return self._here() if start is None else self._on_slurm(start)
 
     def _here(self) -> Report:
+        for number in STOPS:
+            signal.signal(number, signal.SIG_DFL)  # until the trainer can save, they have nothing to wait for
         place = env.submitit_place()
         os.setsid()  # the terminal's Ctrl-C is for the follower, which asks all ranks to stop together
         pid_file(env.submitit_folder(), place.rank).write_text(str(os.getpid()))
@@ -79,6 +80,11 @@ class TrainJob:
             return Report(MISUSED, str(error))
 
     def _on_slurm(self, start: env.SlurmStart) -> Report:
+        # A warning may come while torch is still loading: it waits for the trainer, which then saves its first step.
+        # Once training has ended there is nothing left to stop, hence ignored.
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+        for number in STOPS:
+            signal.signal(number, signal.SIG_IGN)
         place = env.submitit_place()
         env.enter(place, env.slurm_rendezvous(start, env.first_host()))
         env.use_cpus_of_task()

@@ -205,7 +205,7 @@ def resubmit(start: Start, refusal: str) -> int:
     element = start.slurm.key.partition("_")[2]
     if element:
         words.append(f"--array={element}")
-    told = slurm.call([*words, str(script)], environment=_without_job(os.environ))
+    told = slurm.call([*words, str(script)], environment=slurm.without_job(os.environ))
     if told is None or told.returncode != 0:
         said = "there is no sbatch" if told is None else slurm.complaint(told.stderr)
         why = f"cannot be requeued ({refusal}) nor submitted anew ({said}); to go on: {start.job.command}"
@@ -220,15 +220,6 @@ def resubmit(start: Start, refusal: str) -> int:
     start.note("resubmitted", successor=key, why=f"it cannot be requeued: {refusal}")
     print(f"vmamba: goes on as job {key}: {refusal}", file=sys.stderr, flush=True)
     return 75
-
-
-def _without_job(environment: os._Environ[str]) -> dict[str, str]:
-    """What a new job may inherit: nothing that describes this one."""
-    return {
-        key: value
-        for key, value in environment.items()
-        if key == "SLURM_CONF" or not key.startswith(("SLURM", "SBATCH", "SUBMITIT"))
-    }
 
 
 def tell_client(start: Start, why: str) -> None:

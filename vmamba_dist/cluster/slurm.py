@@ -110,6 +110,15 @@ def call(
         return None
 
 
+def without_job(environment: Mapping[str, str]) -> dict[str, str]:
+    """What a new job may inherit from inside another: nothing that describes that one, as its place in an array."""
+    return {
+        key: value
+        for key, value in environment.items()
+        if key == "SLURM_CONF" or not key.startswith(("SLURM_", "SUBMITIT_"))
+    }
+
+
 def complaint(text: str) -> str:
     """What a failing sbatch or scontrol said, in one line."""
     lines = [

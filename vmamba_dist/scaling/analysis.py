@@ -42,6 +42,7 @@ _FIXED: Mapping[str, tuple[str, ...]] = {
     "width": ("depth", "samples", "resolution"),
     "depth": ("width", "samples", "resolution"),
 }
+_LEVELS = 4  # of compute, where they are interpolated
 _BEYOND = 100.0  # the frontier is drawn so far beyond the runs' compute
 
 
@@ -83,6 +84,7 @@ class Analysis:
     work: Work
     frontier: Frontier
     parabola: Parabola | None
+    interpolated: bool  # the parabola's levels are, between the runs of each size
     seeds: float | None  # noise of log loss between runs of one point
     simple: tuple[SimpleLaw, ...]
 
@@ -106,11 +108,16 @@ class Analysis:
                 "runs that branch share a beginning with the longest of their size and seed, so they are not "
                 "independent: the bootstrap, which takes them as such, may be too narrow"
             )
-        if self.law.unconverged:
-            found.append(f"{self.law.unconverged} bootstraps had not converged and stand as they were")
+        lost, all_ = self.law.unconverged, len(self.law.bootstraps)
+        if lost > 0.01 * all_:
+            found.append(f"{lost} of {all_} bootstraps had not converged and stand as they were")
         if self.parabola is None:
             found.append(
                 "no three sizes have a like compute, so there is no IsoFLOP parabola to compare with"
+            )
+        elif self.interpolated:
+            found.append(
+                "the runs are a grid of samples: IsoFLOP levels are interpolated along each size's runs, in logarithms"
             )
         return found
 
@@ -143,6 +150,10 @@ def analyse(
     if len(known) == len(gmacs):
         flops = 6e9 * known * x[1]
     grid = np.geomspace(flops.min(), _BEYOND * flops.max(), 41)
+    naive = parabola(x[0], flops, y, seed=seed)
+    between = _interpolated(x[0], flops, y) if naive is None or len(naive.valleys) < 2 else None
+    if between is not None:
+        naive = parabola(*between, seed=seed)
     return Analysis(
         used,
         _predicted(law, held),
@@ -150,7 +161,8 @@ def analyse(
         law,
         work,
         frontier(law, work, grid),
-        parabola(x[0], flops, y, seed=seed),
+        naive,
+        between is not None,
         seed_noise([(r.params, r.samples) for r in used], y),
         tuple(
             found
@@ -159,6 +171,32 @@ def analyse(
             for found in simple_laws(used, of, against, bootstraps=min(bootstraps, 200), seed=seed)
         ),
     )
+
+
+def _interpolated(params: Array, flops: Array, loss: Array) -> tuple[Array, Array, Array] | None:
+    """Sizes, C and losses at levels of compute between the runs, where three sizes or more reach; None: nowhere.
+
+    Each size's mean log losses over seeds are joined by straight lines in log C.
+    """
+    lines = []
+    for size in np.unique(params):
+        mine = params == size
+        at, where = np.unique(np.log(flops[mine]), return_inverse=True)
+        mean = np.bincount(where, np.log(loss[mine])) / np.bincount(where)
+        lines.append((float(size), at, mean))
+    ends = np.array([(at[0], at[-1]) for _, at, _ in lines])
+    edges = np.unique(ends)
+    reached = [c for c in edges if ((ends[:, 0] <= c) & (c <= ends[:, 1])).sum() >= 3]
+    if len(reached) < 2:
+        return None
+    found = [
+        (size, np.exp(level), np.exp(np.interp(level, at, mean)))
+        for level in np.linspace(reached[0], reached[-1], _LEVELS)
+        for size, at, mean in lines
+        if at[0] - 1e-9 <= level <= at[-1] + 1e-9
+    ]
+    sizes, levels, losses = (np.array(column, float) for column in zip(*found, strict=True))
+    return sizes, levels, losses
 
 
 def _predicted(law: Law, held: Sequence[RunRecord]) -> tuple[HeldOut, ...]:
@@ -255,6 +293,7 @@ def details(found: Analysis) -> dict[str, Any]:
         "parabola": None
         if found.parabola is None
         else {
+            "interpolated": found.interpolated,
             "exponent_params": as_plain({"a": found.parabola.a})["a"] if found.parabola.a else None,
             "levels": [
                 {"flops": v.flops, "params": v.params, "loss": v.loss, "inside": v.inside}

@@ -120,7 +120,8 @@ class Problem:
     def residuals(self, solution: Solution) -> Array:
         """log of loss over prediction, (R, n)."""
         design = self._design(solution.exponents)
-        return self.log_y - np.log(self._loss(design, solution.coefficients))
+        out: Array = self.log_y - np.log(self._loss(design, solution.coefficients))
+        return out
 
     def _design(self, exponents: Array) -> Array:
         """(R, P, n): a row of ones, and x^-p of each term."""
@@ -131,7 +132,8 @@ class Problem:
 
     @staticmethod
     def _loss(design: Array, theta: Array) -> Array:
-        return np.matmul(theta[:, None, :], design)[:, 0]
+        out: Array = np.matmul(theta[:, None, :], design)[:, 0]
+        return out
 
     def _huber(self, residual: Array, weights: Array) -> tuple[Array, Array]:
         """Objective (R,), and the weights (R, n) of the least squares that has its gradient."""
@@ -210,7 +212,8 @@ def _masked(normal: Array, held: NDArray[np.bool_]) -> Array:
 def _nonnegative(normal: Array, right: Array) -> Array:
     """Least squares (R, P) from normal equations with no negative coefficient: exact, by trying every set of zeros."""
     count = normal.shape[-1]
-    found: Array = np.linalg.solve(_masked(normal, np.zeros(right.shape, bool)), right[..., None])[..., 0]
+    free = _masked(normal, np.zeros(right.shape, bool))
+    found: Array = np.linalg.solve(free, right[..., None])[..., 0].astype(np.float64, copy=False)
     bad = np.flatnonzero((found < 0).any(axis=1))
     if not bad.size:
         return found

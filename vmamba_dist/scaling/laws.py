@@ -240,6 +240,7 @@ class Valley:
     loss: float | None
     inside: bool  # between the smallest and the largest size of the level
     curve: tuple[float, float, float]  # of log N, highest power first
+    points: tuple[tuple[float, float], ...]  # (params, loss) that it goes through
 
 
 @dataclass(frozen=True)
@@ -287,6 +288,7 @@ def parabola(
                 None if np.isnan(at[0]) else float(c - b * b / (4 * a)),
                 bool(x.min() <= at[0] <= x.max()),
                 (float(a), float(b - 2 * a * centre), float(c - b * centre + a * centre * centre)),
+                tuple((float(params[i]), float(loss[i])) for i in g),
             )
         )
         lowest.append(at)

@@ -20,7 +20,8 @@ from vmamba_dist.models import flops
 from vmamba_dist.models.variants import configured, describe
 from vmamba_dist.scaling.study import Point, Study, classes_of
 
-Status = Literal["finished", "diverged", "unfinished", "missing"]
+Status = Literal["finished", "diverged", "failed", "unfinished", "missing"]
+_REQUEUE = 75  # the exit code of a run that was stopped, saved, and goes on by the same command
 REQUIRED = ("params", "samples", "loss")
 OPTIONAL = ("gmacs", "top1", "resolution", "width", "depth")
 _WARM = 5  # steps at a start whose pace is not the run's
@@ -43,7 +44,7 @@ class RunRecord:
     depth: float | None = None  # blocks
     model: str = ""
     seed: int | None = None
-    lr: float | None = None
+    lr: float | None = None  # optim.lr: at optim.lr_batch
     batch: int | None = None
     held_out: bool = False
     phase: str = "grid"
@@ -72,6 +73,7 @@ def read_point(point: Point, root: Path) -> RunRecord:
     """The record of one point of a study below its folder."""
     path = root / point.name
     branch = point.branch_from
+    end = _bad_end(root, point.name)
     facts: dict[str, Any] = {
         "held_out": point.rung.held_out,
         "phase": point.phase,
@@ -83,8 +85,8 @@ def read_point(point: Point, root: Path) -> RunRecord:
         variant = configured(point.rung.model)
         return RunRecord(
             point.name,
-            "missing",
-            "never started",
+            "failed" if end else "missing",
+            end or "never started",
             float(point.rung.params),
             float(point.samples),
             None,
@@ -97,7 +99,20 @@ def read_point(point: Point, root: Path) -> RunRecord:
     first = _first_step(path)
     if branch is not None and first is not None and first == branch.step + 1:
         facts["branched_from"] = f"{branch.point} at step {branch.step}"
+    if end and found.status == "unfinished":
+        facts |= {"status": "failed", "why": f"{end}; {found.why}"}
     return RunRecord(**(found.__dict__ | facts | {"name": point.name}))
+
+
+def _bad_end(root: Path, name: str) -> str:
+    """How a point's last start ended, by the sweep's record of it; "" where it ended well or there is none."""
+    try:
+        end = json.loads((root / "points" / f"{name}.json").read_text(encoding="utf-8"))
+        return "" if end["exit_code"] in (0, _REQUEUE) else f"exit code {end['exit_code']}: {end['reason']}"
+    except FileNotFoundError:
+        return ""
+    except (ValueError, KeyError, TypeError) as error:
+        return f"the record of its last start cannot be read ({error!r})"
 
 
 def read_run(path: Path) -> RunRecord:
@@ -130,7 +145,7 @@ def read_run(path: Path) -> RunRecord:
         depth=float(variant.num_blocks),
         model=describe(cfg.model),
         seed=cfg.run.seed,
-        lr=cfg.optim.lr * (cfg.data.global_batch / cfg.optim.lr_batch if cfg.optim.lr_batch else 1.0),
+        lr=cfg.optim.lr,
         batch=cfg.data.global_batch,
         samples_per_s=_median(paced, "samples_per_s"),
         mfu=_median(paced, "mfu"),

@@ -24,7 +24,12 @@ class SubVerb:
 
     def load(self) -> Callable[[Sequence[str]], int]:
         module, _, name = self.target.partition(":")
-        function: Callable[[Sequence[str]], int] = getattr(importlib.import_module(module), name)
+        try:
+            function: Callable[[Sequence[str]], int] = getattr(importlib.import_module(module), name)
+        except ModuleNotFoundError as error:
+            if error.name != "matplotlib":
+                raise
+            raise ConfigError("plots need matplotlib: pip install 'vmamba-dist[study]'") from error
         return function
 
 
@@ -44,6 +49,16 @@ SUB_VERBS = {
         "config=STUDY [key=value …] | table=RUNS.csv   [out=FIT.json] [details=FILE.json] [bootstraps=N] [delta=X]\n"
         "                        [of=loss|top1 against=samples|params|resolution|width|depth]",
         "loss as a law of parameters and samples, with intervals; of a study's runs or of any table",
+    ),
+    "report": SubVerb(
+        "vmamba_dist.scaling.report:main",
+        "config=STUDY [key=value …] [out=FOLDER] [bootstraps=N]",
+        "the study as one HTML file and as Markdown, with plots, tables and commands; and for TensorBoard",
+    ),
+    "predict": SubVerb(
+        "vmamba_dist.scaling.predicted:main",
+        "model=NAME samples=N config=STUDY | fit=DETAILS.json [gpu=KIND] [gpus=N] [width=N] [image_size=PX] [batch=N]",
+        "the loss of a run that nobody has made, its interval, its GPU-hours, and whether the law reaches that far",
     ),
 }
 
