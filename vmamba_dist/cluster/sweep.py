@@ -100,12 +100,13 @@ def run_points(
     """
     sweep = Sweep(folder, plan(points, base, folder), parallel, command)
     check_runs(sweep.planned)
+    gpus = [] if base.launch.on_slurm else devices(sweep)
     with owned(folder):
         write_plan(sweep, [result.planned for result in beside])
         if base.launch.on_slurm:
             _run_on_slurm(sweep, follow=follow)
         else:
-            _run_here(sweep)
+            _run_here(sweep, gpus)
         results = gather(sweep, status.queue() if base.launch.on_slurm else None)
         write_results(sweep, [*beside, *results])
     return results
@@ -259,13 +260,12 @@ class _Child:
     slot: int
 
 
-def _run_here(sweep: Sweep) -> None:
+def _run_here(sweep: Sweep, gpus: Sequence[str]) -> None:
     """Run what has not finished on this machine."""
     waiting = [one for one in sweep.planned if not is_done(one)]
     done = len(sweep.planned) - len(waiting)
     if done:
         print(f"{done} of {len(sweep.planned)} points have finished already", flush=True)
-    gpus = devices(sweep)
     requests, heard = Requests(), 0
     running: list[_Child] = []
     told: set[str] = set()
