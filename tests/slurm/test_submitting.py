@@ -252,15 +252,12 @@ def test_an_element_of_an_array_is_requeued_alone(
     configs = [load([*words, *ONE, f"run.dir={run}"]) for run in runs]
     executor = executors.slurm_executor(tmp_path / "array" / "1", configs[0].launch, parallelism=2)
     queued = executors.submit(executor, [TrainJob(to_dict(config)) for config in configs])
-    first, second = (
-        Job(lab.slurm("squeue", "-h", "-j", job.job_id, "-o", "%A").strip(), run, "")
-        for job, run in zip(queued, runs, strict=True)
-    )
-    assert queued[0].job_id.endswith("_0")
-    with first.frozen(5):
-        lab.slurm("scancel", "--signal=USR2", queued[0].job_id)
-    for job in (first, second):
+    first, last = (Job(job.job_id, run, "") for job, run in zip(queued, runs, strict=True))
+    assert [first.id[-2:], last.id[-2:]] == ["_0", "_1"]
+    with last.frozen(5):  # whose own number is that of the whole array
+        lab.slurm("scancel", "--signal=USR2", last.id)
+    for job in (first, last):
         job.await_end()
-    assert [len(job.begun) for job in (first, second)] == [2, 1]
+    assert [len(job.begun) for job in (first, last)] == [1, 2]
     assert metrics(runs[0]) == metrics(runs[1])
     assert {job.result() for job in queued} == {Report(0)}
