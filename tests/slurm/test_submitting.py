@@ -51,23 +51,21 @@ def test_what_cannot_run_is_refused_in_one_line_with_nothing_queued(
     assert not list((tmp_path / "run").glob("slurm/*"))
 
 
-def test_a_mistake_that_only_the_job_sees_ends_it_and_gpus_are_given(
+def test_a_mistake_that_only_the_job_sees_ends_it_and_its_follower_and_gpus_are_given(
     words: list[str], tmp_path: Path
 ) -> None:
     """The GPUs of this cluster are declared, not there: a rank is given two, and finds none."""
-    job = submit(
-        words,
-        tmp_path / "run",
-        "launch.tasks_per_node=null",
-        "launch.gpus_per_node=2",
-        "launch.cpus_per_task=3",
-    )
-    job.await_end("FAILED")
+    asked = ["launch.tasks_per_node=null", "launch.gpus_per_node=2", "launch.cpus_per_task=3", "--follow"]
+    done = run_submit([*words, f"run.dir={tmp_path / 'run'}", *asked], limit_s=lab.START_S)
+    assert done.returncode == 2
+    job = Job(re.findall(r"^job +(\d+),", done.stdout, re.MULTILINE)[0], tmp_path / "run", done.stdout)
+    job.await_state("FAILED")
     assert job.field("ExitCode") == "2:0"
     assert restarts(job) == 0
     ((verdict, why),) = job.ends
     assert verdict == "stop"
     assert "torch sees no CUDA device" in why
+    assert done.stderr == f"vmamba: job {job.id} has ended: stop: {why}; log: {job.run / 'train.log'}\n"
     for rank in range(4):
         assert "3 cores, GPUs 0,1;" in job.output(rank)
     assert f"vmamba: stop: {why}" in job.output(0, "err")
@@ -188,7 +186,7 @@ def test_words_reach_slurm_as_they_are_written(words: list[str], digits: Path, t
     folder = tmp_path / """it's "a" $(touch pwned) `touch pwned` ; touch pwned & dir"""
     data = folder / "the $HOME of 'data'"
     shutil.copytree(digits, data)
-    name = """my 'job' "x" $(touch pwned); touch pwned #"""
+    name = """my 'job' "x" $(touch pwned); touch pwned; echo"""
     seen = tmp_path / "seen"
     setup = f"""printf '%s\\n' "a  'b'" '$(touch pwned)' "$((6 * 7))" > '{seen}'"""
     job = submit(
