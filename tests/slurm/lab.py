@@ -161,8 +161,9 @@ class Job:
     @contextmanager
     def frozen(self, step: int) -> Iterator[dict[int, int]]:
         """Stop all ranks once `step` is in the metrics, and let them go on at the end."""
+        wait_until(lambda: self.begun, f"job {self.id} to begin")
+        ranks = self.ranks()  # looked for before the moment comes: it takes longer than some steps
         self.await_step(step)
-        ranks = self.ranks()
         with stopped(ranks):
             assert self.steps < STEPS - 2, "stopped too late for what the test wants to see"
             yield ranks

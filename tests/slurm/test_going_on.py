@@ -123,10 +123,18 @@ def test_the_time_limit_three_times(words: list[str], whole: Job, tmp_path: Path
         "scontrol", "update", f"JobId={job.id}", "TimeLimit=1"
     )  # nobody waits three minutes, three times
     for attempt in range(3):
-        wait_until(lambda attempt=attempt: len(job.begun) > attempt and job.ranks(), f"start {attempt + 1}")
-        with stopped(job.ranks()):
-            # The warning comes 10 s before the limit, and up to 30 s earlier, because Slurm looks every half minute.
-            wait_until(lambda: _seconds(job.field("RunTime")) >= 51, "the warning")
+        wait_until(lambda: len(job.ranks()) == 4, f"the ranks of start {attempt + 1}")
+        ranks = job.ranks()
+        wait_until(lambda attempt=attempt: len(job.begun) > attempt, f"start {attempt + 1}")
+        with stopped(ranks):
+            # The warning comes 10 s before the limit, and up to 30 s earlier, because Slurm looks every half minute:
+            # on a slow day before training begins, and then the start may have ended already.
+            wait_until(
+                lambda attempt=attempt: _seconds(job.field("RunTime")) >= 51 or len(job.ends) > attempt,
+                "the warning",
+            )
+        wait_until(lambda attempt=attempt: len(job.ends) > attempt, f"the end of start {attempt + 1}")
+    lab.slurm("scontrol", "update", f"JobId={job.id}", "TimeLimit=10")  # three are enough
     job.await_end()
     same_as(job, whole.run)
     assert restarts(job) == 3

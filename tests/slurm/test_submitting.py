@@ -51,23 +51,21 @@ def test_what_cannot_run_is_refused_in_one_line_with_nothing_queued(
     assert not list((tmp_path / "run").glob("slurm/*"))
 
 
-def test_a_mistake_that_only_the_job_sees_ends_it_and_gpus_are_given(
+def test_a_mistake_that_only_the_job_sees_ends_it_and_its_follower_and_gpus_are_given(
     words: list[str], tmp_path: Path
 ) -> None:
     """The GPUs of this cluster are declared, not there: a rank is given two, and finds none."""
-    job = submit(
-        words,
-        tmp_path / "run",
-        "launch.tasks_per_node=null",
-        "launch.gpus_per_node=2",
-        "launch.cpus_per_task=3",
-    )
-    job.await_end("FAILED")
+    asked = ["launch.tasks_per_node=null", "launch.gpus_per_node=2", "launch.cpus_per_task=3", "--follow"]
+    done = run_submit([*words, f"run.dir={tmp_path / 'run'}", *asked], limit_s=lab.START_S)
+    assert done.returncode == 2
+    job = Job(re.findall(r"^job +(\d+),", done.stdout, re.MULTILINE)[0], tmp_path / "run", done.stdout)
+    job.await_state("FAILED")
     assert job.field("ExitCode") == "2:0"
     assert restarts(job) == 0
     ((verdict, why),) = job.ends
     assert verdict == "stop"
     assert "torch sees no CUDA device" in why
+    assert done.stderr == f"vmamba: job {job.id} has ended: stop: {why}; log: {job.run / 'train.log'}\n"
     for rank in range(4):
         assert "3 cores, GPUs 0,1;" in job.output(rank)
     assert f"vmamba: stop: {why}" in job.output(0, "err")
@@ -188,7 +186,7 @@ def test_words_reach_slurm_as_they_are_written(words: list[str], digits: Path, t
     folder = tmp_path / """it's "a" $(touch pwned) `touch pwned` ; touch pwned & dir"""
     data = folder / "the $HOME of 'data'"
     shutil.copytree(digits, data)
-    name = """my 'job' "x" $(touch pwned); touch pwned #"""
+    name = """my 'job' "x" $(touch pwned); touch pwned; echo"""
     seen = tmp_path / "seen"
     setup = f"""printf '%s\\n' "a  'b'" '$(touch pwned)' "$((6 * 7))" > '{seen}'"""
     job = submit(
@@ -252,15 +250,12 @@ def test_an_element_of_an_array_is_requeued_alone(
     configs = [load([*words, *ONE, f"run.dir={run}"]) for run in runs]
     executor = executors.slurm_executor(tmp_path / "array" / "1", configs[0].launch, parallelism=2)
     queued = executors.submit(executor, [TrainJob(to_dict(config)) for config in configs])
-    first, second = (
-        Job(lab.slurm("squeue", "-h", "-j", job.job_id, "-o", "%A").strip(), run, "")
-        for job, run in zip(queued, runs, strict=True)
-    )
-    assert queued[0].job_id.endswith("_0")
-    with first.frozen(5):
-        lab.slurm("scancel", "--signal=USR2", queued[0].job_id)
-    for job in (first, second):
+    first, last = (Job(job.job_id, run, "") for job, run in zip(queued, runs, strict=True))
+    assert [first.id[-2:], last.id[-2:]] == ["_0", "_1"]
+    with last.frozen(5):  # whose own number is that of the whole array
+        lab.slurm("scancel", "--signal=USR2", last.id)
+    for job in (first, last):
         job.await_end()
-    assert [len(job.begun) for job in (first, second)] == [2, 1]
+    assert [len(job.begun) for job in (first, last)] == [1, 2]
     assert metrics(runs[0]) == metrics(runs[1])
     assert {job.result() for job in queued} == {Report(0)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -366,6 +367,28 @@ def test_a_snapshot_that_is_too_large_names_what_makes_it_so(checkout: Path) -> 
     ):
         snapshot.take_checkout(checkout, checkout / "code", limit_mib=2)
     assert not (checkout / "code").exists()
+
+
+def test_installed_packages_are_copied_where_there_is_no_checkout(tmp_path: Path) -> None:
+    site = tmp_path / "site-packages"
+    for package in ("vmamba_dist", "kernels/vmamba_kernels"):
+        ignore = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / package, site / Path(package).name, ignore=ignore)
+    code = "from pathlib import Path; from vmamba_dist.cluster import snapshot; print(snapshot.take(Path('code')))"
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        check=True,
+        timeout=60,
+        env={**os.environ, "PYTHONPATH": str(site)},
+    )
+    taken = tmp_path / done.stdout.strip()
+    assert (taken / "vmamba_kernels/__init__.py").is_file()
+    assert (taken / "vmamba_dist/configs/quickstart.yaml").is_file()
+    record = json.loads((taken / snapshot.RECORD).read_text())
+    assert (record["source"], record["commit"]) == (str(site), None)
 
 
 def test_a_job_finds_the_snapshot_before_the_folder_it_starts_in_and_what_is_installed(

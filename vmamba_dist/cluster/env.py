@@ -40,8 +40,8 @@ def submitit_folder() -> Path:
 class SlurmStart:
     """One start of a Slurm job, as its processes and its batch script see it."""
 
-    job: str  # what scontrol takes: an array element has a number of its own
-    key: str  # what submitit's files are named after: JOB, or ARRAY_INDEX
+    job: str  # its number, an array element's own; never for scontrol: the last element's is that of the whole array
+    key: str  # JOB, or ARRAY_INDEX: what scontrol takes, and submitit's files are named after
     restart: int  # 0 at first, one more with each requeue
     nodes: str  # as Slurm writes them: node[1-4]
 

@@ -11,7 +11,8 @@ import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +96,8 @@ def submit(executor: SlurmExecutor, jobs: Sequence[Callable[[], Any]]) -> list[s
             "launch.cluster=slurm: there is no sbatch on this machine; use a login node, or local"
         )
     try:
-        with _outside_any_job(), executor.batch():  # of several jobs it makes one array
+        # submitit prints what sbatch says when it fails, and raises it too: it is told once, below.
+        with _outside_any_job(), redirect_stderr(StringIO()), executor.batch():  # several jobs are one array
             return [executor.submit(job) for job in jobs]
     except (FailedJobError, FailedSubmissionError) as error:
         told = "\n".join(line for line in str(error).splitlines() if line.startswith("sbatch:"))

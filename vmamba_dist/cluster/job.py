@@ -126,7 +126,8 @@ class TrainJob:
                 return "failed", str(error)
             return "misused", str(error)
         except ConfigError as error:
-            return "misused", str(error)
+            # The config has started before: what is wrong now is the machine, a folder that is not mounted perhaps.
+            return ("misused" if start.restart == 0 else "failed"), str(error)
         except UserError as error:  # storage that fails, numbers that explode: another start may fare better
             return "failed", str(error)
         except Exception as error:  # noqa: BLE001 - it is told, and the batch script decides what follows

@@ -159,7 +159,7 @@ def begin(start: Start) -> int:
 
 def end(start: Start, code: int) -> int:
     """Say and do what follows this start; return the batch script's exit code."""
-    state = slurm.job_state(start.slurm.job)
+    state = slurm.job_state(start.slurm.key)
     verdict = decide(
         code,
         read_outcomes(start),
@@ -184,12 +184,12 @@ def go_on(start: Start) -> int:
     for attempt in range(TRIES):
         if attempt:
             time.sleep(PAUSE_S)
-        told = slurm.call(["scontrol", "requeue", start.slurm.job])
+        told = slurm.call(["scontrol", "requeue", start.slurm.key])
         if told is None:
             break
         if told.returncode == 0:
             return 75
-        state = slurm.job_state(start.slurm.job)
+        state = slurm.job_state(start.slurm.key)
         if state is not None and not state.running:
             return 75  # it is requeued already, and that ended the scontrol that asked for it
         refusal = slurm.complaint(told.stderr)

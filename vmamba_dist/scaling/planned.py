@@ -11,6 +11,8 @@ from vmamba_dist.config import load
 from vmamba_dist.models.variants import configured
 from vmamba_dist.scaling.study import Point, Study, plan_study, totals
 
+FEW = 300  # samples a class
+
 
 def main(words: Sequence[str]) -> int:
     """Print the plan of a study's config."""
@@ -102,6 +104,12 @@ def _rules(study: Study) -> Iterator[str]:
         yield (
             "  branching: of each size and seed the longest run keeps checkpoints of its constant phase, where "
             "the others start"
+        )
+    few = [p for p in study.planned if p.samples < FEW * study.classes]
+    if few:
+        yield (
+            f"  note: {len(few)} runs see fewer than {FEW} samples a class, where losses have shown a transition of "
+            "learning rather than a power law"
         )
     if cfg.study.gpu:
         yield (

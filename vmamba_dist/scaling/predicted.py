@@ -54,6 +54,7 @@ def main(words: Sequence[str]) -> int:
     for word in ("model", "samples"):
         if word not in own:
             raise ConfigError(f"{word} is not set: {word}=… is {WORDS[word]}")
+    samples = positive("samples", own["samples"])
     cfg, path = _study(own, rest)
     kept = _details(path)
     model = replace(cfg.model, name=own["model"], width=None, depths=None, ssm_ratio=None)
@@ -65,7 +66,6 @@ def main(words: Sequence[str]) -> int:
     batch = whole("batch", own.get("batch", str(cfg.data.global_batch)))
     gpu = own.get("gpu", cfg.study.gpu)
     gpus = whole("gpus", own["gpus"]) if "gpus" in own else cfg.study.gpus
-    samples = positive("samples", own["samples"])
     found = predict_run(kept, cfg, samples, batch=batch, gpu=gpu, gpus=gpus)
     print("\n".join(text(found, cfg.model, cfg, gpu, gpus, kept)))
     return 0

@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from vmamba_dist.config import ConfigError, load
+import yaml
+
+from vmamba_dist.config import Config, ConfigError, from_dict
 from vmamba_dist.models import flops
 from vmamba_dist.models.variants import configured, describe
 from vmamba_dist.scaling.study import Point, Study, classes_of
@@ -119,7 +121,7 @@ def read_run(path: Path) -> RunRecord:
     """The record of one run directory. Raises ConfigError where it holds no run."""
     if not (path / "config.yaml").is_file():
         raise ConfigError(f"{path}: no config.yaml in it, so no run directory")
-    cfg = load([f"config={path / 'config.yaml'}"])
+    cfg = _config(path / "config.yaml")
     variant, side, classes = configured(cfg.model), cfg.data.image_size, classes_of(cfg)
     lines = _lines(path / "metrics.jsonl")
     last = lines[-1] if lines else {}
@@ -151,6 +153,18 @@ def read_run(path: Path) -> RunRecord:
         mfu=_median(paced, "mfu"),
         memory_gib=max((line["memory_gib"] for line in lines if line.get("memory_gib")), default=None),
     )
+
+
+def _config(path: Path) -> Config:
+    """The config that a run wrote. libyaml reads it thirty times faster than the reader of users' files does."""
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=loader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} holds no config")
+    return from_dict(values)
 
 
 def _status(
