@@ -18,7 +18,7 @@ from vmamba_dist.cluster.follow import REQUEUE
 from vmamba_dist.cluster.points import write
 from vmamba_dist.cluster.sweep import PointResult, exit_code, overview, run_points, take_parallel
 from vmamba_dist.config import ConfigError, load_beside
-from vmamba_dist.scaling.runs import read_point
+from vmamba_dist.scaling.runs import losses_of, read_point
 from vmamba_dist.scaling.study import Choice, Point, Study, choose_lrs, plan_study
 
 LRS = "lrs.json"  # in a study's folder
@@ -94,8 +94,7 @@ def chosen(study: Study) -> dict[str, Choice]:
                 "file and the runs of the grid"
             )
         return found
-    records = [read_point(point, folder) for point in study.search]
-    losses = {each.name: each.loss for each in records if each.finished and each.loss is not None}
+    losses = losses_of([read_point(point, folder) for point in study.search])
     choices = choose_lrs(study, losses)
     content = {
         "search": tried,
