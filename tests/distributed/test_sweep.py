@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -231,3 +233,25 @@ def test_halving_goes_on_where_it_was_killed(digits: Path, tmp_path: Path) -> No
     assert again.returncode == 0
     assert " begins" not in again.stdout
     assert again.stdout.splitlines()[-3:] == done.stdout.splitlines()[-3:]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_sweep_killed_at_random_moments_ends_as_if_never_killed(digits: Path, tmp_path: Path) -> None:
+    """Kills fall anywhere: while a point loads, trains or saves, between points, in what the sweep itself writes."""
+    swept = ["sweep.optim.lr=[1e-3,2e-3,3e-3]", "sweep.parallel=2", "checkpoint.every_steps=20"]
+    whole = tmp_path / "whole"
+    subprocess.run(line(digits, whole, *swept), check=True, timeout=LIMIT_S, stdout=subprocess.DEVNULL)
+    folder = tmp_path / "killed"
+    command = line(digits, folder, *swept)
+    moments = random.Random(7)
+    for _ in range(6):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(moments.uniform(1, 12))
+        process.kill()
+        process.wait()
+    done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for run in status.find_runs(whole):
+        assert metrics(folder / run.name) == metrics(run)

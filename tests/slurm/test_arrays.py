@@ -108,3 +108,24 @@ def test_a_branch_waits_in_the_queue_for_its_trunk(words: list[str], tmp_path: P
     assert short.record.began is not None
     assert short.record.began["step"] == 4
     assert len(attempts(short.run)) == 1
+
+
+def test_an_element_that_is_requeued_goes_on(words: list[str], tmp_path: Path) -> None:
+    """Another element of its array trains on meanwhile; both end as if nothing had happened."""
+    folder = tmp_path / "sweep"
+    command = [*SWEEP, *words, *SMALL, f"run.dir={folder}", "sweep.run.seed=[1,2]", "sweep.parallel=2"]
+    command += ["checkpoint.every_steps=1000", "schedule.epochs=3"]
+    subprocess.run(command, capture_output=True, timeout=120, check=True)
+    run = folder / "seed=2"
+    lab.wait_until(lambda: len(status.tail(run)) >= 3, "three steps")
+    lab.slurm("scontrol", "requeue", status.job_of(run))
+    lab.wait_until(lambda: len(attempts(run)) == 2, "a second start")
+    jobs = status.queue()
+    assert status.record(run, jobs).state == "running"
+    done = subprocess.run([*command, "--follow"], capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "arrays" not in done.stdout  # nothing was queued anew
+    steps = [entry["step"] for entry in status.metrics(run)]
+    assert steps == list(range(1, 3 * lab.STEPS + 1))
+    assert "asked to stop: saved step" in (run / "train.log").read_text()
+    assert {name: row["starts"] for name, row in results(folder).items()} == {"seed=1": "1", "seed=2": "2"}

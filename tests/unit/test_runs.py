@@ -124,6 +124,24 @@ def test_runs_below_a_folder_are_one_table(tmp_path: Path, capsys: pytest.Captur
     ]
 
 
+def test_a_sweep_shows_its_points_in_their_order_begun_or_not(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "sweep"
+    make(folder / "b", steps=10, saved=10)
+    (folder / "slurm").mkdir()
+    (folder / "points").mkdir()
+    (folder / "points" / "a.job").write_text("12_0\n")
+    (folder / status.SWEEP).write_text(json.dumps({"points": [{"name": "b"}, {"name": "a"}, {"name": "c"}]}))
+    runs = list(status.find_runs(tmp_path))
+    assert runs == [folder / "b", folder / "a", folder / "c"]
+    jobs = {"12_0": "PENDING", "12": "RUNNING"}
+    assert [status.record(run, jobs).state for run in runs] == ["finished", "queued", "new"]
+    assert status.record(folder / "a", jobs).job == "12_0"
+    assert status.main([str(folder)]) == 0
+    assert capsys.readouterr().out.count("\n") == 4
+
+
 def test_records_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make(tmp_path / "a", steps=4, saved=2)
     assert status.main([str(tmp_path / "a"), "--json"]) == 0

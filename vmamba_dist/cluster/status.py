@@ -103,11 +103,11 @@ def is_run(path: Path) -> bool:
 
 def find_runs(root: Path, depth: int = _DEPTH) -> Iterator[Path]:
     """The run directories at or below `root`, in the order of their names; a sweep's in the order of its points."""
-    if is_run(root):
-        yield root
-    elif (root / SWEEP).exists():
+    if (root / SWEEP).exists():  # first: on Slurm it has a folder slurm/ too
         points = json.loads((root / SWEEP).read_text())["points"]
         yield from (root / point["name"] for point in points)  # those that have not begun too
+    elif is_run(root):
+        yield root
     elif depth > 0:
         for entry in sorted(root.iterdir()):
             if entry.is_dir() and not entry.is_symlink():
@@ -321,7 +321,7 @@ def main(words: Sequence[str]) -> int:
         if not path.is_dir():
             raise ConfigError(f"{path}: no run directory there")
     runs = [run for path in paths for run in find_runs(path)]
-    if "--json" not in words and len(paths) == 1 and len(words) == 1 and runs in ([], paths):
+    if "--json" not in words and len(paths) == 1 and len(words) == 1 and runs == paths:
         print(text(paths[0]))
         return 0
     jobs = queue()
