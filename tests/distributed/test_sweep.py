@@ -101,7 +101,7 @@ def test_a_failure_stops_no_other_point_and_is_run_again_alone(digits: Path, tmp
         [*command, "optim.clip=2"], capture_output=True, text=True, timeout=LIMIT_S, check=False
     )
     assert third.returncode == 2
-    assert "point a: " in third.stderr
+    assert "point late: " in third.stderr
     assert "was trained with another config: optim.clip was 3.0, now 2.0" in third.stderr
 
 
