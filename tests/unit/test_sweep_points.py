@@ -129,8 +129,11 @@ def test_a_branch_begins_in_another_point(tmp_path: Path) -> None:
     trunk = Point("trunk", ("schedule.epochs=2",))
     _, short = plan([trunk, Point("short", ("schedule.epochs=1",), Branch("trunk", 12))], Config(), tmp_path)
     assert short.config.run.resume == str(tmp_path / "trunk/checkpoints/step-000000012")
-    with pytest.raises(ConfigError, match="branches from trunk, which is no other point"):
+    with pytest.raises(ConfigError, match="branches from trunk, which is no point"):
         plan([Point("short", (), Branch("trunk", 12))], Config(), tmp_path)
+    ring = [Point(name, (f"run.seed={i}",), Branch("bca"[i], 1)) for i, name in enumerate("abc")]
+    with pytest.raises(ConfigError, match="begin in each other's checkpoints: a, b, c"):
+        plan(ring, Config(), tmp_path)
 
 
 def test_a_value_and_a_group_may_have_one_name_in_a_group_of_its_own(tmp_path: Path) -> None:

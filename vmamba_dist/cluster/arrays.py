@@ -1,7 +1,7 @@
 """A sweep's points as elements of Slurm arrays, so many at a time.
 
 Law: an element is the same job that `vmamba submit` would queue for the point: it saves, requeues and goes on alone.
-A point that begins in another's checkpoint is queued at once too, to start when that one has ended.
+Points that begin in others' checkpoints are queued at once too, as an array that starts when all of those have ended.
 """
 
 from __future__ import annotations
@@ -20,8 +20,6 @@ from vmamba_dist.cluster.submit import Plan, for_slurm, start_name
 from vmamba_dist.config import ConfigError, to_dict
 from vmamba_dist.config.schema import LaunchConfig
 
-_Parents = frozenset[str]  # Slurm's ids of the jobs that have to end first
-
 
 def submit(sweep: Sweep, points: Sequence[Planned], in_queue: Collection[str]) -> list[str]:
     """Queue points, independent ones as one array; return the arrays' ids.
@@ -33,29 +31,20 @@ def submit(sweep: Sweep, points: Sequence[Planned], in_queue: Collection[str]) -
     code = snapshot.take(sweep.folder.absolute() / "code")
     arrays: list[str] = []
     waiting = list(points)
+    there = set(in_queue)
     while waiting:
         coming = {one.point.name for one in waiting}
         ready = [one for one in waiting if not _parent(sweep, one, coming)]
-        if not ready:
-            raise ConfigError(f"points that begin in each other's checkpoints: {', '.join(sorted(coming))}")
+        assert ready, "a sweep's branches come to an end"
         waiting = [one for one in waiting if one not in ready]
-        by_parents: dict[_Parents, list[Planned]] = {}
-        for one in ready:
-            parent = _parent(sweep, one, in_queue)
-            jobs = frozenset([status.job_of(sweep.folder / parent)] if parent else [])
-            by_parents.setdefault(jobs if len(jobs - {""}) else frozenset(), []).append(one)
-        for parents, group in _merged(by_parents):
-            arrays.append(_queue(sweep, group, code, parents))
-        in_queue = {*in_queue, *(one.point.name for one in ready)}
+        free = [one for one in ready if not _parent(sweep, one, there)]
+        bound = [one for one in ready if one not in free]
+        for group in filter(None, (free, bound)):
+            parents = {_parent(sweep, one, there) for one in group} - {""}
+            after = {status.job_of(sweep.folder / parent) for parent in parents} - {""}
+            arrays.append(_queue(sweep, group, code, sorted(after)))
+        there |= {one.point.name for one in ready}
     return arrays
-
-
-def _merged(groups: dict[_Parents, list[Planned]]) -> list[tuple[_Parents, list[Planned]]]:
-    """Those that wait for nothing as one array, and all that wait as another: each for every parent."""
-    free = groups.pop(frozenset(), [])
-    bound = [one for group in groups.values() for one in group]
-    found: list[tuple[_Parents, list[Planned]]] = [(frozenset(), free)] if free else []
-    return [*found, (frozenset().union(*groups), bound)] if bound else found
 
 
 def _parent(sweep: Sweep, one: Planned, names: Collection[str]) -> str:
@@ -66,14 +55,15 @@ def _parent(sweep: Sweep, one: Planned, names: Collection[str]) -> str:
     return branch.of if branch.of in names else ""
 
 
-def _queue(sweep: Sweep, points: Sequence[Planned], code: Path, after: _Parents) -> str:
+def _queue(sweep: Sweep, points: Sequence[Planned], code: Path, after: Sequence[str]) -> str:
+    """Queue an array whose elements start when all of the jobs `after` have ended; return its id."""
     plans = [for_slurm(_on_gpus(Plan(one.config, sweep.command))) for one in points]
     folder = sweep.folder.absolute() / "slurm" / start_name()
     command = f"cd {shlex.quote(str(Path.cwd()))} && {sweep.command}"
     works = [TrainJob(to_dict(each.config), command=command) for each in plans]
     executor = slurm_executor(folder, _shared(plans), code=code, parallelism=sweep.parallel)
     if after:
-        executor.update_parameters(dependency=f"afterany:{':'.join(sorted(after))}")
+        executor.update_parameters(dependency=f"afterany:{':'.join(after)}")
     try:
         jobs = executors.submit(executor, works)
     except ConfigError:

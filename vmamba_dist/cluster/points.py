@@ -159,10 +159,7 @@ def plan(points: Sequence[Point], base: Config, folder: Path) -> list[Planned]:
                 f"and {' '.join(one.point.words) or 'the base'}; name them apart in a column `name` of sweep.points"
             )
     for each in points:
-        if each.branch is not None and (each.branch.of not in taken or each.branch.of == each.name):
-            raise ConfigError(
-                f"point {each.name} branches from {each.branch.of}, which is no other point of this sweep"
-            )
+        _check_branch(each, taken)
     return planned
 
 
@@ -186,6 +183,19 @@ def _check_name(each: Point) -> None:
         raise ConfigError(
             f"a point cannot be called {each.name!r}: its name is a folder's, and {', '.join(_TAKEN)} are taken"
         )
+
+
+def _check_branch(each: Point, points: Mapping[str, Point]) -> None:
+    at, passed = each, [each.name]
+    while at.branch is not None:
+        if at.branch.of not in points:
+            raise ConfigError(
+                f"point {at.name} branches from {at.branch.of}, which is no point of this sweep"
+            )
+        at = points[at.branch.of]
+        if at.name in passed:
+            raise ConfigError(f"points that begin in each other's checkpoints: {', '.join(passed)}")
+        passed.append(at.name)
 
 
 def _name(values: Mapping[str, Any]) -> str:
