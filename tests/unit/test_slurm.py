@@ -6,6 +6,7 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ from vmamba_dist.cluster.ledger import Line, fruitless_starts
 from vmamba_dist.cluster.requeue import Verdict, decide
 from vmamba_dist.config import ConfigError, load
 from vmamba_dist.config.schema import LaunchConfig
+from vmamba_dist.train.stopping import StopRequest
 
 ROOT = Path(__file__).resolve().parents[2]
 RUNNING = slurm.JobState("RUNNING", "None", False, "main")
@@ -134,6 +136,18 @@ def test_ranks_meet_at_the_first_node_at_a_port_of_this_start(monkeypatch: pytes
         ports.add(int(os.environ["MASTER_PORT"]))
     assert len(ports) == 4
     assert all(20000 <= port < 30000 for port in ports)
+
+
+def test_a_signal_that_came_while_it_was_blocked_is_handled_by_the_trainer() -> None:
+    before = signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR2])
+    try:
+        os.kill(os.getpid(), signal.SIGUSR2)
+        with StopRequest().listening() as stop:
+            assert stop.signal == signal.SIGUSR2
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR2])
 
 
 def test_an_array_element_is_known_by_both_of_its_numbers() -> None:

@@ -181,6 +181,7 @@ def test_the_search_finds_the_lowest_point_of_a_parabola_and_carries_it_over() -
         (["study.samples=[640,1280,2560]"], "a ladder needs two models"),
         (["study.widths=[8,16,24]", "study.samples=[640,1280,2560]", "study.total_flops=1e6"], "9 runs cost"),
         (["study.sizes=9", "study.width_to=64", "study.samples=[640]"], "use fewer sizes"),
+        (["study.models=[vmamba_atto]", "study.widths=[16]", "study.samples=[640]"], "are of one size"),
         (["study.models=[vmamba_atom]", "study.samples=[640]"], "did you mean vmamba_atto"),
         (["study.samples=[640]", "study.levels=2"], "take one"),
         (["study.samples=640"], "give a list"),

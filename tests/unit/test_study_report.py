@@ -23,7 +23,7 @@ from vmamba_dist.models import flops
 from vmamba_dist.scaling import verbs
 from vmamba_dist.scaling.analysis import analyse
 from vmamba_dist.scaling.report import Section, Table, as_html, markdown
-from vmamba_dist.scaling.runs import losses_of, read_run, read_study
+from vmamba_dist.scaling.runs import losses_of, read_run, read_study, read_table
 from vmamba_dist.scaling.study import Point, Study, choose_lrs, plan_study
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -145,7 +145,7 @@ def test_the_report_is_one_file_with_its_plots_in_it(reported: Path) -> None:
     assert page.rstrip().endswith("</html>")
 
 
-def test_the_report_says_what_the_issue_of_a_study_is(reported: Path, micro: tuple[Study, list[str]]) -> None:
+def test_the_report_has_all_of_its_parts(reported: Path, micro: tuple[Study, list[str]]) -> None:
     study, _ = micro
     told = (reported / "report.md").read_text()
     for heading in (
@@ -190,6 +190,16 @@ def test_each_command_makes_the_run_that_it_stands_for(
             kept.data,
             kept.run.seed,
         )
+
+
+def test_the_table_of_runs_fits_to_the_same_law(reported: Path, micro: tuple[Study, list[str]]) -> None:
+    of_study = analyse(read_study(micro[0]), bootstraps=50)
+    of_table = analyse(read_table(reported / "runs.csv"), bootstraps=50)
+    assert of_table.law.value == pytest.approx(of_study.law.value, rel=1e-5)
+    assert of_table.work == of_study.work
+    names = {run.name for run in of_table.left_out}
+    assert {run.name for run in of_study.left_out} | {h.run.name for h in of_study.held_out} <= names
+    assert len(of_table.used) + len(of_table.left_out) == len(micro[0].points)
 
 
 def test_tensorboard_has_the_losses_and_the_plots(reported: Path) -> None:
@@ -268,6 +278,7 @@ def test_a_prediction_says_how_far_out_it_is(
     most = max(r.params for r in study.rungs if not r.held_out)
     assert f"{flops.params('vmamba_giant', 0) / most:.3g} × the most params that were fitted" in said
     assert "× the most samples that were fitted" in said
+    assert "images of 224 px, where those of the runs had 32" in said
     assert "GPU-hours on 64 × h100-80" in said
     assert verbs.main(["predict", "model=vmamba_atto", "width=24", "samples=50000", *words]) == 0
     said = capsys.readouterr().out

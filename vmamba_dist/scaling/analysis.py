@@ -266,6 +266,7 @@ def details(found: Analysis) -> dict[str, Any]:
         "delta": law.delta,
         "noise_between_seeds": found.seeds,
         "range": {name: list(span) for name, span in found.range.items()},
+        "resolutions": sorted({r.resolution for r in found.used if r.resolution is not None}),
         "remarks": found.remarks(),
         "runs": [
             _run(r) | {"predicted": float(p), "residual": float(e)}

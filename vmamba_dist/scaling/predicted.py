@@ -88,19 +88,22 @@ def predict_run(
         float(value[0]),
         (float(low[0]), float(high[0])),
         (float(run_low[0]), float(run_high[0])),
-        tuple(_beyond(kept, params, samples)),
+        tuple(_beyond(kept, params, samples, side)),
         float(flops.train_flops_per_image(variant, side, side, classes)) * samples,
         hours,
     )
 
 
-def _beyond(kept: Mapping[str, Any], params: float, samples: float) -> Iterator[str]:
+def _beyond(kept: Mapping[str, Any], params: float, samples: float, side: int) -> Iterator[str]:
     for name, value in (("params", params), ("samples", samples)):
         low, high = kept["range"][name]
         if value > high:
             yield f"{value / high:.3g} × the most {name} that were fitted, {high:.4g}"
         elif value < low:
             yield f"{low / value:.3g} × less than the fewest {name} that were fitted, {low:.4g}"
+    seen = kept.get("resolutions", ())
+    if seen and side not in seen:
+        yield f"images of {side} px, where those of the runs had {' or '.join(f'{px:g}' for px in seen)}"
 
 
 def text(

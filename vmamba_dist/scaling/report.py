@@ -22,7 +22,7 @@ from vmamba_dist.scaling.fitted import place, split, study_folder, whole
 from vmamba_dist.scaling.laws import BOOTSTRAPS
 from vmamba_dist.scaling.planned import text as plan_text
 from vmamba_dist.scaling.publish import publish
-from vmamba_dist.scaling.runs import RunRecord, losses_of, read_study
+from vmamba_dist.scaling.runs import RunRecord, as_table, losses_of, read_study
 from vmamba_dist.scaling.study import Study, choose_lrs, plan_study
 from vmamba_dist.scaling.verbs import SUB_VERBS
 
@@ -30,7 +30,7 @@ WORDS = {
     "out": "a folder for the report; the study's own, beside its runs, where it is left out",
     "bootstraps": f"copies of the data behind the intervals ({BOOTSTRAPS})",
 }
-HTML, MARKDOWN, FIGURES, EVENTS = "report.html", "report.md", "figures", "tensorboard"
+HTML, MARKDOWN, FIGURES, EVENTS, RUNS = "report.html", "report.md", "figures", "tensorboard", "runs.csv"
 
 
 @dataclass(frozen=True)
@@ -99,11 +99,12 @@ def write_report(
     images = {p.name: p.image for s in report for p in s.parts if isinstance(p, Plot)}
     for name, image in images.items():
         publish(folder / FIGURES / f"{name}.png", image)
+    publish(folder / RUNS, as_table(runs))
     told = markdown(title, report)
     publish(folder / MARKDOWN, told)
     publish(folder / HTML, as_html(title, report))
     write_events(folder / EVENTS, runs, found, images, told)
-    return [folder / HTML, folder / MARKDOWN, folder / EVENTS]
+    return [folder / name for name in (HTML, MARKDOWN, RUNS, EVENTS)]
 
 
 def sections(

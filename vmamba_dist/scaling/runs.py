@@ -7,6 +7,7 @@ in silence. A run may be going on meanwhile; a torn last line of metrics.jsonl i
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 import statistics
@@ -269,6 +270,19 @@ def _row(row: Mapping[str, str | None], number: int, path: Path) -> RunRecord:
         width=values["width"],
         depth=values["depth"],
     )
+
+
+def as_table(runs: Sequence[RunRecord]) -> str:
+    """Runs as `read_table` takes them: those that a fit leaves out have a status that says why."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow([*REQUIRED, *OPTIONAL, "name", "status"])
+    for run in runs:
+        status = run.status if not run.finished else "finished" if run.phase == "grid" else run.phase
+        told = "held out" if run.held_out and status == "finished" else status
+        values = [getattr(run, column) for column in (*REQUIRED, *OPTIONAL)]
+        writer.writerow(["" if value is None else f"{value:.10g}" for value in values] + [run.name, told])
+    return out.getvalue()
 
 
 def losses_of(records: Sequence[RunRecord]) -> dict[str, float]:

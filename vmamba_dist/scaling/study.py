@@ -19,6 +19,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -237,6 +238,11 @@ def _rungs(cfg: Config) -> tuple[Rung, ...]:
             raise ConfigError(f"data.image_size={side}: {error}") from error
         sized.append((flops.params(variant, 0), macs, label, model))
     sized.sort(key=lambda row: row[0])
+    for one, other in pairwise(sized):
+        if one[0] == other[0]:
+            raise ConfigError(
+                f"{one[2]} and {other[2]} are of one size, {one[0]} parameters: take one of them off the ladder"
+            )
     held_from = len(sized) - cfg.study.held_out
     return tuple(
         _rung(cfg, label, model, params, macs, sized[0][0], held_out=i >= held_from)
@@ -367,8 +373,9 @@ def _budgets(cfg: Config, rung: Rung, levels: Sequence[float]) -> list[tuple[int
         count = level / rung.flops
         if max(study.min_samples, rung.batch) <= count <= study.max_samples:
             wanted.append((count, level))
-    whole = [(max(1, round(count / rung.batch)) * rung.batch, level) for count, level in wanted]
-    return sorted(whole, key=lambda row: -row[0])
+    # Levels that lie closer than a step come to one budget.
+    whole = {max(1, round(count / rung.batch)) * rung.batch: level for count, level in wanted}
+    return sorted(whole.items(), reverse=True)
 
 
 def _one_seed(
