@@ -73,7 +73,6 @@ def test_six_points_two_at_a_time_and_the_failed_one_again_alone(words: list[str
     assert {row["state"] for row in rows.values()} == {"finished"}
     assert {row["step"] for row in rows.values()} == {"6"}
     assert {name: len(attempts(folder / name)) for name in rows} == dict.fromkeys(rows, 1)
-    assert len(list((folder / "code").iterdir())) == 1
 
 
 def test_a_failure_is_told_with_its_reason(words: list[str], tmp_path: Path) -> None:
