@@ -13,6 +13,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -177,6 +178,27 @@ def stopped(ranks: dict[int, int]) -> Iterator[None]:
     try:
         yield
     finally:
+        for pid in ranks.values():
+            send(pid, signal.SIGCONT)
+
+
+@contextmanager
+def hanging(ranks: dict[int, int]) -> Iterator[None]:
+    """Keep processes from running whatever is sent to them, until only SIGKILL is left; or until the end."""
+    over = threading.Event()
+
+    def hold() -> None:
+        while not over.wait(0.002):  # Slurm sends SIGCONT before it sends SIGTERM
+            for pid in ranks.values():
+                send(pid, signal.SIGSTOP)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
         for pid in ranks.values():
             send(pid, signal.SIGCONT)
 

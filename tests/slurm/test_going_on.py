@@ -11,7 +11,7 @@ import pytest
 
 from distributed.micro import metrics
 from slurm import lab
-from slurm.lab import STEPS, Job, restarts, same_as, stopped, submit, wait_until
+from slurm.lab import STEPS, Job, hanging, restarts, same_as, stopped, submit, wait_until
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
 
@@ -115,6 +115,21 @@ def test_a_node_is_gone(words: list[str], whole: Job, tmp_path: Path) -> None:
     same_as(job, whole.run)
     assert restarts(job) >= 1
     assert job.begun[1] > newest
+
+
+def test_ranks_that_hang_beyond_the_time_limit(words: list[str], whole: Job, tmp_path: Path) -> None:
+    """Slurm then kills the batch script with them, before its end: what follows must have been said before."""
+    job = submit(words, tmp_path / "run", "launch.time_limit_min=3", "launch.signal_delay_s=10")
+    lab.slurm("scontrol", "update", f"JobId={job.id}", "TimeLimit=1")
+    wait_until(lambda: job.begun, "the first step")
+    with hanging(job.ranks()):
+        wait_until(lambda: job.ends, "the word of the batch script")
+        wait_until(lambda: not job.ranks(), "their end")
+    lab.slurm("scontrol", "update", f"JobId={job.id}", "TimeLimit=10")
+    job.await_end()
+    same_as(job, whole.run)
+    assert restarts(job) == 1
+    assert job.ends[0] == ("go on", "killed at its time limit")
 
 
 def test_the_time_limit_three_times(words: list[str], whole: Job, tmp_path: Path) -> None:

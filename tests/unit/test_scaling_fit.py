@@ -13,12 +13,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from scipy.optimize import minimize
+from scipy.optimize import minimize, nnls
 
 from vmamba_dist.config import ConfigError
 from vmamba_dist.scaling import verbs
 from vmamba_dist.scaling.analysis import analyse, details, law_of, simple_laws
-from vmamba_dist.scaling.fit import Array, Problem, predict
+from vmamba_dist.scaling.fit import Array, Problem, nonnegative, predict
 from vmamba_dist.scaling.laws import JOINT, Work, fit_law, fit_simple, frontier, parabola, seed_noise
 from vmamba_dist.scaling.runs import RunRecord, read_table
 
@@ -102,6 +102,19 @@ def test_the_fit_is_the_minimum_that_a_general_optimizer_finds() -> None:
     assert ours <= best.fun * (1 + 1e-6)
     # L-BFGS-B with finite differences stops early along the valley, so the points agree less than the values.
     assert value[3:] == pytest.approx(best.x[3:], rel=0.05)
+
+
+def test_coefficients_are_never_negative_and_those_of_nnls() -> None:
+    rng = np.random.default_rng(0)
+    designs = rng.normal(size=(300, 12, 3))
+    targets = rng.normal(size=(300, 12))
+    normal = np.einsum("rnp,rnq->rpq", designs, designs)
+    right = np.einsum("rnp,rn->rp", designs, targets)
+    found = nonnegative(normal, right)
+    expected = np.stack([nnls(x, y)[0] for x, y in zip(designs, targets, strict=True)])
+    assert (found >= 0).all()
+    assert (found == 0).any(axis=1).sum() > 100  # bounds are met often
+    assert np.allclose(found, expected, atol=1e-9)
 
 
 def test_two_hundred_bootstraps_in_one_solve_equal_each_on_its_own_and_cost_a_fraction() -> None:

@@ -137,19 +137,35 @@ def _setup(folder: Path, launch: LaunchConfig, code: Path | None) -> list[str]:
     if code is not None:
         first = ":".join(str(place) for place in (code, code / "kernels"))
         path = [f'export PYTHONPATH={shlex.quote(first)}"${{PYTHONPATH:+:$PYTHONPATH}}"']
+    deaf = ["trap '' TERM USR2 HUP INT # a requeue ends every process of the job, these too", *path]
+    traps = ["trap vmamba_after EXIT", "trap vmamba_heard TERM", "trap heard=1 USR2 HUP"]
     return [
         "vmamba_after() { # the last word: done, go on, or stop and say why",
         "  local code=$?",
-        "  trap '' TERM USR2 HUP INT # a requeue ends every process of the job, this one too",
-        *(f"  {line}" for line in path),
+        *(f"  {line}" for line in deaf),
         f'  {after} end {place} "$code"',
         "  exit $?",
         "}",
-        "trap vmamba_after EXIT",
-        "trap : TERM USR2 HUP # wait for the ranks, which save",
+        "vmamba_heard() { # the word before SIGKILL, which leaves no last one where a rank hangs",
+        "  heard=1",
+        "  (",
+        *(f"    {line}" for line in deaf),
+        f"    {after} heard {place}",
+        "  )",
+        "}",
+        "srun() { # in the background: bash is deaf while something runs in front; signals end a wait, not srun",
+        '  command srun "$@" &',
+        "  local pid=$! code=127 last",
+        "  while :; do",
+        '    heard= && wait "$pid"; last=$?',
+        '    [ "$last" = 127 ] || code=$last',
+        '    if [ -z "$heard" ] || [ "$last" = 127 ]; then return "$code"; fi',
+        "  done",
+        "}",
+        *traps,
         *launch.setup.split("\n"),
         *path,
-        "trap vmamba_after EXIT # again: setup may have set its own",
+        *traps,  # again: setup may have set its own
         f"{after} begin {place} || exit",
     ]
 

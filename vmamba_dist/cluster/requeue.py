@@ -5,8 +5,9 @@ its own id until its run is finished, unless its user or what it would repeat sa
 launch.max_requeues, a cancellation, or three starts in a row that brought no new checkpoint. What was decided, and
 why, is a line in RUN/slurm/starts.jsonl.
 
-`begin` and `end` run on the job's first machine in a Python without torch. `end` is an EXIT trap, because any rank
-may be the one that died, and Slurm requeues no job for that.
+`begin`, `heard` and `end` run on the job's first machine in a Python without torch. `end` is an EXIT trap, because any
+rank may be the one that died, and Slurm requeues no job for that. `heard` answers SIGTERM, because ranks that hang
+keep the script from its end until both are killed.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import json
 import os
 import pickle
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -30,6 +32,7 @@ from vmamba_dist.cluster.env import SlurmStart, slurm_start
 from vmamba_dist.cluster.job import MISUSED, TrainJob, outcome_file
 from vmamba_dist.cluster.ledger import Line, fruitless_starts
 
+AGAIN = 75  # EX_TEMPFAIL: the batch script's exit code where the job goes on
 FRUITLESS = 3  # starts in a row without a new checkpoint: then the next would bring none either
 PICKLE_S = 60  # submitit writes it after sbatch has returned
 TRIES, PAUSE_S = 3, 5.0  # of a requeue, while the controller is away
@@ -65,7 +68,7 @@ def decide(
         return Verdict("done", "the run is finished")
     if "misused" in said:
         return Verdict("stop", said["misused"], code=MISUSED)
-    out_of_time = state is not None and state.reason == "TimeLimit"
+    out_of_time = state is not None and state.out_of_time
     preempted = state is not None and state.preempted
     if state is not None and not state.running and not out_of_time and not (preempted and not slurm_requeues):
         return Verdict("leave", f"ended from outside (Slurm's state: {state.state})", counts=False)
@@ -123,6 +126,12 @@ class Start:
         return max((step_of(path) or 0 for path in list_checkpoints(self.run / "checkpoints")), default=0)
 
     @property
+    def decided(self) -> bool:
+        """True where it has been said what follows this start."""
+        ours = (self.slurm.key, self.slurm.restart)
+        return any(line.event == "end" and (line.job, line.restart) == ours for line in self.lines())
+
+    @property
     def ranks(self) -> range:
         launch = self.job.config["launch"]
         return range(launch["nodes"] * (launch["tasks_per_node"] or launch["gpus_per_node"] or 1))
@@ -145,9 +154,8 @@ def begin(start: Start) -> int:
     for rank in start.ranks:
         result = start.paths(rank).result_pickle
         result.unlink(missing_ok=True)
-        result.with_suffix(".pkl.save_tmp").unlink(
-            missing_ok=True
-        )  # submitit refuses to start where one lies
+        # submitit does not start where a half-written one lies.
+        result.with_suffix(".pkl.save_tmp").unlink(missing_ok=True)
         outcome_file(start.folder, start.slurm.key, rank).unlink(missing_ok=True)
     lines = start.lines()
     start.note("begin", nodes=start.slurm.nodes)
@@ -157,8 +165,21 @@ def begin(start: Start) -> int:
     return int(fruitless_starts(lines, start.step) >= FRUITLESS)
 
 
+def heard(start: Start) -> int:
+    """Say what follows where Slurm has begun to end the job for good: SIGKILL comes next, to the batch script too.
+
+    Ranks that save are not disturbed by a requeue at this point.
+    """
+    state = slurm.job_state(start.slurm.key)
+    if state is not None and (state.out_of_time or (state.preempted and not state.running)):
+        return end(start, 128 + signal.SIGTERM)
+    return 0
+
+
 def end(start: Start, code: int) -> int:
     """Say and do what follows this start; return the batch script's exit code."""
+    if start.decided:
+        return AGAIN
     state = slurm.job_state(start.slurm.key)
     verdict = decide(
         code,
@@ -188,13 +209,13 @@ def go_on(start: Start) -> int:
         if told is None:
             break
         if told.returncode == 0:
-            return 75
-        state = slurm.job_state(start.slurm.key)
-        if state is not None and not state.running:
-            return 75  # it is requeued already, and that ended the scontrol that asked for it
+            return AGAIN
         refusal = slurm.complaint(told.stderr)
-        if "disabled" in refusal or "not permitted" in refusal:
+        if "disabled" in refusal:
             break
+        state = slurm.job_state(start.slurm.key)
+        if state is not None and state.state in ("PENDING", "COMPLETING") and not state.out_of_time:
+            return AGAIN  # it is requeued already, and that ended the scontrol that asked for it
     return resubmit(start, refusal)
 
 
@@ -219,7 +240,7 @@ def resubmit(start: Start, refusal: str) -> int:
     shutil.copyfile(script, JobPaths(start.folder, key).submission_file)
     start.note("resubmitted", successor=key, why=f"it cannot be requeued: {refusal}")
     print(f"vmamba: goes on as job {key}: {refusal}", file=sys.stderr, flush=True)
-    return 75
+    return AGAIN
 
 
 def tell_client(start: Start, why: str) -> None:
@@ -245,11 +266,13 @@ def read_outcomes(start: Start) -> list[tuple[str, str]]:
 
 
 def main(words: Sequence[str]) -> int:
-    """`begin FOLDER` or `end FOLDER CODE`, inside a batch script."""
+    """`begin FOLDER`, `heard FOLDER` or `end FOLDER CODE`, inside a batch script."""
     verb, folder, *rest = words
     start = Start.here(Path(folder))
     if verb == "begin":
         return begin(start)
+    if verb == "heard":
+        return heard(start)
     return end(start, int(rest[0]))
 
 

@@ -43,6 +43,11 @@ class JobState:
         return self.state == "RUNNING"
 
     @property
+    def out_of_time(self) -> bool:
+        """True where Slurm ends it, or has ended it, at its time limit."""
+        return self.reason == "TimeLimit"
+
+    @property
     def ended(self) -> bool:
         return self.state in ENDED
 

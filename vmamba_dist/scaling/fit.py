@@ -152,7 +152,7 @@ class Problem:
         if theta is None:  # least squares on relative residuals
             relative = design * np.exp(-self.log_y)
             weighted = relative * weights[:, None, :]
-            theta = _nonnegative(np.matmul(weighted, relative.transpose(0, 2, 1)), weighted.sum(axis=2))
+            theta = nonnegative(np.matmul(weighted, relative.transpose(0, 2, 1)), weighted.sum(axis=2))
         loss = self._loss(design, theta)
         residual = np.log(loss) - self.log_y
         objective, huber = self._huber(residual, weights)
@@ -161,7 +161,7 @@ class Problem:
             weighted = relative * huber[:, None, :]
             normal = np.matmul(weighted, relative.transpose(0, 2, 1))
             right = np.matmul(weighted, (1 - residual)[..., None])[..., 0]
-            tried = _nonnegative(normal, right)
+            tried = nonnegative(normal, right)
             tried_loss = self._loss(design, tried)
             tried_residual = np.log(tried_loss) - self.log_y
             tried_objective, tried_huber = self._huber(tried_residual, weights)
@@ -209,7 +209,7 @@ def _masked(normal: Array, held: NDArray[np.bool_]) -> Array:
     return out
 
 
-def _nonnegative(normal: Array, right: Array) -> Array:
+def nonnegative(normal: Array, right: Array) -> Array:
     """Least squares (R, P) from normal equations with no negative coefficient: exact, by trying every set of zeros."""
     count = normal.shape[-1]
     free = _masked(normal, np.zeros(right.shape, bool))
