@@ -107,10 +107,14 @@ C
 }
 
 unname_nodes() { # /etc/hosts may be a mount of its own: it is written to, never replaced
-  grep -vF "$TAG" /etc/hosts >"$DIR/hosts.rest" || true
+  awk -v tag="$TAG" 'substr($0, length($0) - length(tag) + 1) != tag' /etc/hosts >"$DIR/hosts.rest"
   cat "$DIR/hosts.rest" >/etc/hosts
 }
-name_nodes() { unname_nodes; cat "$DIR/hosts" >>/etc/hosts; }
+name_nodes() { # nodes meet under their names
+  awk -v tag="$TAG" 'substr($0, length($0) - length(tag) + 1) == tag' /etc/hosts | cmp -s - "$DIR/hosts" && return 0
+  unname_nodes
+  cat "$DIR/hosts" >>/etc/hosts
+}
 
 start_munge() {
   alive "$DIR/run/munged.pid" && return 0

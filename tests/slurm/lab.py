@@ -219,9 +219,9 @@ def submit(words: list[str], run: Path, *more: str, cwd: Path = ROOT) -> Job:
     return Job(found[1], run, done.stdout)
 
 
-def run_submit(words: list[str], cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+def run_submit(words: list[str], cwd: Path = ROOT, limit_s: float = 120) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [*SUBMIT, *words], capture_output=True, text=True, timeout=120, check=False, cwd=cwd
+        [*SUBMIT, *words], capture_output=True, text=True, timeout=limit_s, check=False, cwd=cwd
     )
 
 

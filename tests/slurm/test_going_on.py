@@ -55,16 +55,24 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(
     assert job.begun == [1, stopped + 1]  # nothing is repeated
 
 
-def test_a_signal_while_a_start_still_loads_is_not_lost(words: list[str], whole: Job, tmp_path: Path) -> None:
+def test_signals_in_the_first_second_and_while_a_start_still_loads(
+    words: list[str], whole: Job, tmp_path: Path
+) -> None:
     job = submit(words, tmp_path / "run")
-    wait_until(lambda: "rank 2 of 4" in "".join(job.outputs(2)), "the first words of rank 2")
+    ranks = wait_until(job.ranks, "a rank")
+    lab.slurm("scancel", "--signal=USR2", job.id)  # Python itself has only begun
     assert not job.begun
-    os.kill(job.ranks()[2], signal.SIGUSR2)
+    wait_until(lambda: "start 2, rank 2 of 4" in "".join(job.outputs(2)), "the second start's first words")
+    attempts = len(job.begun)
+    later = job.ranks()
+    assert not set(later.values()) & set(ranks.values())
+    os.kill(later[2], signal.SIGUSR2)  # torch is still loading
     job.await_end()
     same_as(job, whole.run)
-    assert job.ends[0] == ("go on", "asked to stop, saved")
-    assert job.begun[0] == 1
-    assert job.begun[1] < 4
+    assert restarts(job) == 2
+    assert job.ends[1] == ("go on", "asked to stop, saved")
+    assert len(job.begun) == attempts + 2
+    assert job.begun[-1] < 8
 
 
 def test_requeued_from_outside(words: list[str], whole: Job, tmp_path: Path) -> None:

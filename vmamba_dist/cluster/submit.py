@@ -58,6 +58,7 @@ class Plan:
             "run": str(self.run_dir),
             "where": _where(self.config.launch),
             "model": _model(self.config),
+            **_memory(self.config.launch, self.command),
             "steps": f"{_budget(self.config)} in steps of {self.config.data.global_batch} samples",
             "logs": f"{self.job_folder}/START/",
             "command": self.command,
@@ -74,7 +75,7 @@ def plan(verb: str, words: Sequence[str]) -> Plan:
             raise ConfigError("precision.device=cpu beside launch.gpus_per_node: take one of them away")
         config = replace(config, precision=replace(config.precision, device="cuda"))
     intent = Plan(config, shlex.join(["vmamba", verb, *words]))
-    if config.launch.tasks > 1 and not config.launch.on_slurm:
+    if config.launch.tasks > 1 and (verb == "train" or not config.launch.on_slurm):
         _check_rendezvous(intent)
     return intent
 
@@ -156,6 +157,14 @@ def _where(launch: LaunchConfig) -> str:
     gpus = f", {launch.nodes * launch.gpus_per_node} GPUs" if launch.gpus_per_node else ""
     limit = f", {launch.time_limit_min} minutes a start" if launch.time_limit_min else ""
     return f"{nodes} of Slurm, {_processes(launch.tasks)} each{gpus}{limit}"
+
+
+def _memory(launch: LaunchConfig, command: str) -> dict[str, str]:
+    """The command that says what a GPU would hold: a room above this one knows."""
+    if not launch.on_slurm or not launch.gpus_per_node:
+        return {}
+    words = command.removeprefix("vmamba submit ")
+    return {"memory": f"vmamba plan {words} gpus={launch.nodes * launch.gpus_per_node} gpu=KIND"}
 
 
 def _processes(count: int) -> str:
