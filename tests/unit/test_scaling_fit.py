@@ -214,6 +214,26 @@ def test_the_parabola_is_biased_without_any_noise(
     assert abs(naive.a.value - truth) >= slope
 
 
+def test_a_grid_of_samples_gets_levels_between_its_runs() -> None:
+    sizes, counts = np.geomspace(1e7, 1e9, 5), np.geomspace(1e9, 3e10, 5)
+    runs = [
+        RunRecord(
+            f"{n:g}-{d:g}", "finished", "", n, d, float(predict(VALUES, np.array([[n], [d]]))[0]), n / 1e9
+        )
+        for n in sizes
+        for d in counts
+    ]
+    found = analyse(runs, bootstraps=50)
+    assert found.interpolated
+    assert found.parabola is not None
+    assert any("interpolated" in remark for remark in found.remarks())
+    assert len(found.parabola.valleys) >= 2
+    for valley in found.parabola.valleys:
+        for n, loss in valley.points:
+            exact = predict(VALUES, np.array([[n], [valley.flops / (6 * n)]]))[0]
+            assert loss == pytest.approx(exact, rel=0.01)
+
+
 def test_laws_along_one_dimension() -> None:
     x = np.array([1e4, 2e4, 4e4, 8e4, 1.6e5, 3.2e5])
     law = fit_simple(x, 0.5 + 90 * x**-0.4, bootstraps=60)
@@ -397,7 +417,8 @@ def test_a_kill_leaves_no_half_result(tmp_path: Path) -> None:
         for path in (out, full):
             seen += bool(json.loads(path.read_text()))
     assert seen == 10
-    assert verbs.main(["fit", f"table={runs}", f"out={out}", "bootstraps=40"]) == 0
+    assert verbs.main(["fit", f"table={runs}", f"out={out}", f"details={full}", "bootstraps=40"]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["details.json", "fit.json", "runs.csv"]
 
 
 def test_details_are_plain_and_come_back() -> None:

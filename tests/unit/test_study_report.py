@@ -272,7 +272,7 @@ def test_a_prediction_says_how_far_out_it_is(
     assert verbs.main(["fit", *words, "bootstraps=100"]) == 0
     capsys.readouterr()
     far = ["model=vmamba_giant", "samples=1e9", "gpu=h100-80", "gpus=64", "batch=4096", "image_size=224"]
-    large = ["parallel.engine=fsdp", "parallel.recompute=block", "precision.compute=bfloat16"]
+    large = ["parallel.engine=fsdp", "parallel.recompute=block"]
     assert verbs.main(["predict", *far, *words, *large]) == 0
     said = capsys.readouterr().out
     most = max(r.params for r in study.rungs if not r.held_out)
@@ -280,6 +280,10 @@ def test_a_prediction_says_how_far_out_it_is(
     assert "× the most samples that were fitted" in said
     assert "images of 224 px, where those of the runs had 32" in said
     assert "GPU-hours on 64 × h100-80" in said
+    assert verbs.main(["predict", *far, *words, "gpus=1", "batch=4097"]) == 0
+    said = capsys.readouterr().out
+    assert "cost     unknown: " in said
+    assert re.search(r"^loss +\d", said, re.MULTILINE)  # which no cost keeps from being told
     assert verbs.main(["predict", "model=vmamba_atto", "width=24", "samples=50000", *words]) == 0
     said = capsys.readouterr().out
     assert "inside of the fitted range" in said

@@ -46,6 +46,7 @@ class Prediction:
     beyond: tuple[str, ...]  # how it lies outside of the fitted range; empty: inside
     flops: float
     gpu_hours: float | None
+    no_cost: str  # why there are no GPU-hours; "" where there are
 
 
 def main(words: Sequence[str]) -> int:
@@ -81,7 +82,7 @@ def predict_run(
     at = np.array([[float(params)], [samples]])
     value, low, high = law.loss(at)
     run_low, run_high = law.new_run(at)
-    hours = gpu_hours_per_sample(cfg, batch, gpu, gpus, classes) * samples if gpu else None
+    hours, why = _cost(cfg, batch, gpu, gpus, classes)
     return Prediction(
         params,
         samples,
@@ -90,8 +91,20 @@ def predict_run(
         (float(run_low[0]), float(run_high[0])),
         tuple(_beyond(kept, params, samples, side)),
         float(flops.train_flops_per_image(variant, side, side, classes)) * samples,
-        hours,
+        None if hours is None else hours * samples,
+        why,
     )
+
+
+def _cost(cfg: Config, batch: int, gpu: str, gpus: int, classes: int) -> tuple[float | None, str]:
+    """GPU-hours a sample in bfloat16, or why there are none: a loss can be predicted where a cost cannot."""
+    if not gpu:
+        return None, "name a kind of GPU with gpu=…"
+    cfg = replace(cfg, precision=replace(cfg.precision, compute="bfloat16"))
+    try:
+        return gpu_hours_per_sample(cfg, batch, gpu, gpus, classes), ""
+    except ConfigError as error:
+        return None, str(error)
 
 
 def _beyond(kept: Mapping[str, Any], params: float, samples: float, side: int) -> Iterator[str]:
@@ -118,9 +131,10 @@ def text(
         f"loss     {found.loss:.4f}; 95 % of the law {low:.4f} … {high:.4f}, of one run {run_low:.4f} … {run_high:.4f}",
     ]
     if found.gpu_hours is not None:
-        lines.append(f"cost     {found.gpu_hours:,.4g} GPU-hours on {gpus} × {gpu}, by `vmamba plan`'s model")
+        hours = f"{found.gpu_hours:,.4g} GPU-hours on {gpus} × {gpu}"
+        lines.append(f"cost     {hours} in bfloat16, by `vmamba plan`'s model")
     else:
-        lines.append("cost     unknown: name a kind of GPU with gpu=…")
+        lines.append(f"cost     unknown: {found.no_cost}")
     if found.beyond:
         lines += [f"OUTSIDE of the fitted range: {how}" for how in found.beyond]
     else:

@@ -17,7 +17,7 @@ from vmamba_dist.core.rundir import sync_directory
 def publish(path: Path, content: bytes | str) -> None:
     """Write a file beside its place, and move it there. Raises ConfigError where that cannot be written."""
     data = content.encode() if isinstance(content, str) else content
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    beside = path.with_name(f".{path.name}.tmp")  # one name: what a kill left there, the next one writes over
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with beside.open("wb") as file:
