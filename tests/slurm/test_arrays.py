@@ -128,3 +128,14 @@ def test_an_element_that_is_requeued_goes_on(words: list[str], tmp_path: Path) -
     assert steps == list(range(1, 3 * lab.STEPS + 1))
     assert "asked to stop: saved step" in (run / "train.log").read_text()
     assert {name: row["starts"] for name, row in results(folder).items()} == {"seed=1": "1", "seed=2": "2"}
+
+
+def test_what_slurm_refuses_is_one_line_with_nothing_queued(words: list[str], tmp_path: Path) -> None:
+    command = [*SWEEP, *words, *SMALL, f"run.dir={tmp_path / 'sweep'}", "sweep.run.seed=[1,2]"]
+    command += ["launch.partition=nowhere"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2
+    assert "invalid partition specified: nowhere" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert lab.slurm("squeue", "-h") == ""
+    assert not list((tmp_path / "sweep" / "slurm").iterdir())
