@@ -83,8 +83,9 @@ def _flat(values: Any, group: str) -> dict[str, Any]:
     known = set(known_keys())
     flat: dict[str, Any] = {}
     for key, value in values.items():
-        below = isinstance(value, Mapping) and ".".join(str(key).split(".")[-2:]) not in known
-        if not below:
+        parts = str(key).split(".")
+        is_leaf = any(".".join(parts[i:]) in known for i in range(len(parts)))  # space.optim.lr is optim.lr's
+        if is_leaf or not isinstance(value, Mapping):
             flat[str(key)] = value
             continue
         for inner, deep in value.items():
