@@ -44,6 +44,7 @@ GONE = slurm.JobState("COMPLETING", "None", True, "low")
         (137, [], RUNNING, 1, ("go on", "ended with code 137 (a rank was killed by signal 9)")),
         (137, [], None, 1, ("go on", "ended with code 137 (a rank was killed by signal 9)")),
         (1, [("failed", "OSError: disk")], RUNNING, 2, ("go on", "OSError: disk")),
+        (1, [("failed", "OSError: disk"), ("failed", "gloo: reset")], RUNNING, 1, ("go on", "OSError: disk")),
         (1, [("failed", "OSError: disk")], RUNNING, 3, ("stop", "OSError: disk; 3 starts in a row")),
     ],
 )

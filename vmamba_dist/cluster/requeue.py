@@ -58,12 +58,12 @@ def decide(
     *,
     slurm_requeues: bool = True,
 ) -> Verdict:
-    """Say what follows a start that ended with srun's exit `code` and its ranks' (outcome, message).
+    """Say what follows a start that ended with srun's exit `code` and its ranks' (outcome, message), the first first.
 
     state: as the controller sees the job now, None where it cannot be asked. fruitless: starts in a row, this one
     included, that brought no new checkpoint. slurm_requeues: what pre-emption does in the job's partition.
     """
-    said = dict(outcomes)
+    said = dict(reversed(outcomes))  # the first that failed knows why
     if "finished" in said:
         return Verdict("done", "the run is finished")
     if "misused" in said:
@@ -126,10 +126,10 @@ class Start:
         return max((step_of(path) or 0 for path in list_checkpoints(self.run / "checkpoints")), default=0)
 
     @property
-    def decided(self) -> bool:
-        """True where it has been said what follows this start."""
-        ours = (self.slurm.key, self.slurm.restart)
-        return any(line.event == "end" and (line.job, line.restart) == ours for line in self.lines())
+    def decided(self) -> Line | None:
+        """What has been said already of what follows this start."""
+        ours = ("end", self.slurm.key, self.slurm.restart)
+        return next((line for line in self.lines() if (line.event, line.job, line.restart) == ours), None)
 
     @property
     def ranks(self) -> range:
@@ -178,8 +178,9 @@ def heard(start: Start) -> int:
 
 def end(start: Start, code: int) -> int:
     """Say and do what follows this start; return the batch script's exit code."""
-    if start.decided:
-        return AGAIN
+    before = start.decided
+    if before is not None:
+        return AGAIN if before.verdict == "go on" else before.code
     state = slurm.job_state(start.slurm.key)
     verdict = decide(
         code,
@@ -213,10 +214,15 @@ def go_on(start: Start) -> int:
         refusal = slurm.complaint(told.stderr)
         if "disabled" in refusal:
             break
-        state = slurm.job_state(start.slurm.key)
-        if state is not None and state.state in ("PENDING", "COMPLETING") and not state.out_of_time:
-            return AGAIN  # it is requeued already, and that ended the scontrol that asked for it
+        if _is_requeued(slurm.job_state(start.slurm.key)):
+            return AGAIN  # which ended the scontrol that asked for it
     return resubmit(start, refusal)
+
+
+def _is_requeued(state: slurm.JobState | None) -> bool:
+    if state is None or state.out_of_time or state.state not in ("PENDING", "COMPLETING"):
+        return False
+    return not state.preempted or slurm.preemption_requeues(state.partition)
 
 
 def resubmit(start: Start, refusal: str) -> int:
@@ -254,15 +260,13 @@ def tell_client(start: Start, why: str) -> None:
 
 
 def read_outcomes(start: Start) -> list[tuple[str, str]]:
-    """What the ranks of this start said of its end, (outcome, message); those that were killed said nothing."""
-    found = []
-    for rank in start.ranks:
-        path = outcome_file(start.folder, start.slurm.key, rank)
-        if path.exists():
-            said = json.loads(path.read_text(encoding="utf-8"))
-            if said["restart"] == start.slurm.restart:
-                found.append((str(said["outcome"]), str(said["message"])))
-    return found
+    """What the ranks of this start said of its end, (outcome, message), the first first; the killed said nothing."""
+    files = [outcome_file(start.folder, start.slurm.key, rank) for rank in start.ranks]
+    files = sorted((file for file in files if file.exists()), key=lambda file: file.stat().st_mtime)
+    said = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    return [
+        (str(one["outcome"]), str(one["message"])) for one in said if one["restart"] == start.slurm.restart
+    ]
 
 
 def main(words: Sequence[str]) -> int:

@@ -98,7 +98,7 @@ def limit_min(partition: str) -> int | None:
 def call(
     line: Sequence[str], *, environment: Mapping[str, str] | None = None
 ) -> subprocess.CompletedProcess[str] | None:
-    """Run one of Slurm's programs; None where it is not there or does not answer."""
+    """Run one of Slurm's programs; None where it is not there."""
     if shutil.which(line[0]) is None:
         return None
     try:
@@ -112,7 +112,9 @@ def call(
             env=environment,
         )
     except subprocess.TimeoutExpired:
-        return None
+        return subprocess.CompletedProcess(
+            list(line), 124, "", f"{line[0]} did not answer within {TIMEOUT_S} s"
+        )
 
 
 def without_job(environment: Mapping[str, str]) -> dict[str, str]:
