@@ -29,6 +29,8 @@ def test_from_a_plan_over_its_runs_to_a_report(tmp_path: Path, capsys: pytest.Ca
         "ema.enabled=false",
         "eval.weights=raw",
         "eval.every_epochs=0",
+        "checkpoint.every_steps=1000",  # but for the trunks
+        "checkpoint.keep_best=false",
         "schedule.kind=wsd",
         "schedule.warmup=0.2",
         "augment.mixup=0",
