@@ -171,3 +171,11 @@ def test_gpus_are_dealt_to_the_points_that_run_at_a_time(
         ConfigError, match=r"sweep\.parallel=3 × launch\.gpus_per_node=2 .* use sweep\.parallel=2"
     ):
         sweep.devices(sweep.Sweep(tmp_path, planned, 3, ""))
+
+
+def test_without_a_view_of_the_queue_nothing_is_queued_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ConfigError, match="the queue cannot be seen from here"):
+        sweep.main([f"run.dir={tmp_path / 'sweep'}", "sweep.optim.lr=[1]", "launch.cluster=slurm"])

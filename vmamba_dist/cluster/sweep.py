@@ -405,7 +405,12 @@ def _last_end(sweep: Sweep, one: Planned) -> dict[str, Any] | None:
 
 def _run_on_slurm(sweep: Sweep, *, follow: bool) -> None:
     """Queue what has not finished and is not in the queue already."""
-    now = gather(sweep, status.queue())
+    jobs = status.queue()
+    if jobs is None:  # what cannot be seen would be queued a second time
+        raise ConfigError(
+            "launch.cluster=slurm: the queue cannot be seen from here (squeue); on a login node, try again"
+        )
+    now = gather(sweep, jobs)
     there = {result.point.name for result in now if result.state in _ALIVE}
     todo = [result.planned for result in now if result.state not in (*_ALIVE, "finished")]
     coming = there | {one.point.name for one in todo}
@@ -436,14 +441,17 @@ def _watch(sweep: Sweep) -> None:
     quiet = 0
     try:
         while quiet < 2:  # twice: a job that is requeued may look ended for a moment
-            now = gather(sweep, status.queue())
+            time.sleep(_SLURM_POLL_S)
+            jobs = status.queue()
+            if jobs is None:
+                continue
+            now = gather(sweep, jobs)
             for result in now:
                 if told.get(result.point.name) != result.state:
                     told[result.point.name] = result.state
                     print(f"{result.point.name} {result.state}  {result.reason}".rstrip(), flush=True)
             alive = any(result.state in _ALIVE for result in now)
             quiet = 0 if alive else quiet + 1
-            time.sleep(_SLURM_POLL_S)
     except KeyboardInterrupt:
         print("the jobs go on", flush=True)
 
