@@ -88,25 +88,44 @@ def test_requeued_from_outside(words: list[str], whole: Job, tmp_path: Path) -> 
     assert not any(line.counts for line in job.starts if line.event == "end" and line.verdict == "leave")
 
 
-@pytest.mark.parametrize("mode", ["REQUEUE", "CANCEL"])
-def test_preempted_by_a_higher_partition(mode: str, words: list[str], whole: Job, tmp_path: Path) -> None:
-    """Put back by Slurm, or, where that would cancel it, by itself."""
-    lab.slurm("scontrol", "update", "PartitionName=low", f"PreemptMode={mode}")
-    try:
-        job = submit(words, tmp_path / "run", "launch.partition=low")
-        with job.frozen(9):
-            rival = lab.slurm(
-                "sbatch", "--parsable", "--partition=high", "--nodes=4", "--exclusive", "--time=5",
-                "--output=/dev/null", "--wrap=sleep 5",
-            ).strip()  # fmt: skip
-            time.sleep(3)  # the scheduler looks every two seconds
-        job.await_end()
-    finally:
-        lab.slurm("scontrol", "update", "PartitionName=low", "PreemptMode=REQUEUE")
+def rival() -> Job:
+    """A job that wants every node and may take them from the partition `low`."""
+    line = ["sbatch", "--parsable", "--partition=high", "--nodes=4", "--exclusive", "--time=5"]
+    number = lab.slurm(*line, "--output=/dev/null", "--wrap=sleep 5").strip()
+    return Job(number, Path("nowhere"), "")
+
+
+def test_preempted_by_a_higher_partition(words: list[str], whole: Job, tmp_path: Path) -> None:
+    job = submit(words, tmp_path / "run", "launch.partition=low")
+    with job.frozen(9):
+        other = rival()
+        time.sleep(3)  # the scheduler looks every two seconds
+    job.await_end()
     same_as(job, whole.run)
-    assert Job(rival, tmp_path, "").state == "COMPLETED"
+    assert other.state == "COMPLETED"
     assert restarts(job) == 1
     assert job.ends[0] == ("go on", "pre-empted, saved")
+
+
+def test_preempted_where_that_cancels_a_job_while_its_ranks_hang(
+    words: list[str], whole: Job, tmp_path: Path
+) -> None:
+    """Slurm would not put it back, and kills the batch script after the grace: it has said its word by then."""
+    lab.slurm("scontrol", "update", "PartitionName=low", "PreemptMode=CANCEL", "GraceTime=5")
+    try:
+        job = submit(words, tmp_path / "run", "launch.partition=low")
+        wait_until(lambda: job.begun, "the first step")
+        with hanging(job.ranks()):
+            other = rival()
+            wait_until(lambda: job.ends, "the word of the batch script")
+            wait_until(lambda: not job.ranks(), "their end")
+        job.await_end()
+    finally:
+        lab.slurm("scontrol", "update", "PartitionName=low", "PreemptMode=REQUEUE", "GraceTime=60")
+    same_as(job, whole.run)
+    assert other.state == "COMPLETED"
+    assert restarts(job) == 1
+    assert job.ends[0] == ("go on", "pre-empted")
 
 
 def test_a_node_is_gone(words: list[str], whole: Job, tmp_path: Path) -> None:
