@@ -11,7 +11,7 @@ from vmamba_dist.config.schema import Config, ConfigError, EvalConfig
 from vmamba_dist.core.dist import pick_device
 from vmamba_dist.data.order import check_batch, choose_accumulate
 from vmamba_dist.data.shards import Index, read_index
-from vmamba_dist.models.variants import get_variant
+from vmamba_dist.models.variants import configured
 from vmamba_kernels.backend import BackendError, resolve_backend
 
 
@@ -41,10 +41,7 @@ def open_sources(cfg: Config, world_size: int) -> Sources:
 
 def check_model(cfg: Config) -> None:
     """Refuse a model that cannot be made here."""
-    try:
-        get_variant(cfg.model.name)
-    except ValueError as error:
-        raise ConfigError(f"model.name={cfg.model.name}: {error}") from error
+    configured(cfg.model)
     try:
         resolve_backend(cfg.model.scan_backend, pick_device(cfg.precision.device, local_rank=0))
     except BackendError as error:
