@@ -44,12 +44,30 @@ class DecodeError(ValueError):
     """The bytes are not an image that can be used."""
 
 
+def check_header(data: bytes) -> tuple[str, int, int]:
+    """Read what a file's header says: (format, width, height). Raises DecodeError where decode() is sure to."""
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            _check_size(image)
+            return str(image.format), image.width, image.height
+    except DecodeError:
+        raise
+    except UnidentifiedImageError as error:
+        raise DecodeError("undecodable image: no JPEG, PNG or WebP") from error
+    except _PILLOW_ERRORS as error:
+        raise DecodeError(f"undecodable image: {type(error).__name__}: {stable(error)}") from error
+
+
+def _check_size(image: Image.Image) -> None:
+    if image.width * image.height > MAX_PIXELS:
+        raise DecodeError(f"{image.width}×{image.height} px is more than {MAX_PIXELS} px")
+
+
 def decode(data: bytes) -> Image.Image:
     """Decode a JPEG, PNG or WebP to RGB. Raises DecodeError."""
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
-        if image.width * image.height > MAX_PIXELS:
-            raise DecodeError(f"{image.width}×{image.height} px is more than {MAX_PIXELS} px")
+        _check_size(image)
         image.load()
         ImageOps.exif_transpose(image, in_place=True)
         return _to_rgb(image)
