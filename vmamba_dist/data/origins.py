@@ -292,7 +292,9 @@ class Keys:
 
     def new(self, path: str) -> str:
         key = clean(path)
-        while len(key) > 80 or key in self._seen:
+        if len(key) > 80:
+            key = ""
+        while not key or key in self._seen:
             self._times[path] += 1
             again = f"#{self._times[path]}" if self._times[path] > 1 else ""
             digest = hashlib.blake2b(os.fsencode(path + again), digest_size=6).hexdigest()
