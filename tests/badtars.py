@@ -12,6 +12,7 @@ import struct
 import tarfile
 import zlib
 from collections.abc import Callable
+from functools import cache
 
 from PIL import Image
 
@@ -118,7 +119,12 @@ def _sizes(rng: random.Random) -> bytes:
 
 def _kinds(rng: random.Random) -> bytes:
     tar = bytearray(tar_of(sound()))
-    set_field(tar, rng.choice(headers(bytes(tar))), 156, rng.choice(b"0123456 7gxLKSXDMVN\x00\xffz").to_bytes(1, "big"))
+    set_field(
+        tar,
+        rng.choice(headers(bytes(tar))),
+        156,
+        rng.choice(b"0123456 7gxLKSXDMVN\x00\xffz").to_bytes(1, "big"),
+    )
     return bytes(tar)
 
 
@@ -236,7 +242,9 @@ def chunk(kind: bytes, data: bytes) -> bytes:
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
-def png(width: int, height: int, depth: int = 8, color: int = 2, extra: bytes = b"", data: bytes = b"") -> bytes:
+def png(
+    width: int, height: int, depth: int = 8, color: int = 2, extra: bytes = b"", data: bytes = b""
+) -> bytes:
     head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, 0))
     return b"\x89PNG\r\n\x1a\n" + head + extra + chunk(b"IDAT", data) + chunk(b"IEND", b"")
 
@@ -261,7 +269,9 @@ BOMBS = (
     lambda: png(16, 16, extra=chunk(b"zTXt", b"a\0\0" + ZEROS), data=zlib.compress(bytes(16 * 49))),
     lambda: png(16, 16, extra=chunk(b"iCCP", b"a\0\0" + ZEROS), data=zlib.compress(bytes(16 * 49))),
     lambda: png(16, 16, extra=chunk(b"iTXt", b"a\0\1\0\0\0" + ZEROS), data=zlib.compress(bytes(16 * 49))),
-    lambda: png(16, 16, extra=chunk(b"acTL", struct.pack(">II", 2**31 - 1, 0)), data=zlib.compress(bytes(784))),
+    lambda: png(
+        16, 16, extra=chunk(b"acTL", struct.pack(">II", 2**31 - 1, 0)), data=zlib.compress(bytes(784))
+    ),
     lambda: png(16, 16, extra=chunk(b"eXIf", b"MM\0*" + b"\xff" * 64), data=zlib.compress(bytes(784))),
     lambda: _jpeg_of(65_500, 65_500),
     lambda: _jpeg_of(0, 0),
@@ -349,21 +359,28 @@ def sparse_bomb() -> bytes:
 
 def gzip_bomb() -> bytes:
     """A header that is a gzip stream as well: its first member's name is the magic, its file name holds the rest."""
-    inner = io.BytesIO()
-    with tarfile.open(fileobj=inner, mode="w") as tar:
-        header = tarfile.TarInfo("0000.png")
-        header.size = 300 << 20
-        tar.addfile(header, io.BytesIO(bytes(1 << 20) * 300))
-    packed = gzip.compress(inner.getvalue(), 9)
+    inner = tarfile.TarInfo("0000.png")
+    inner.size = 300 << 20
+    file = io.BytesIO()
+    with gzip.GzipFile(fileobj=file, mode="wb", mtime=0) as stream:
+        stream.write(inner.tobuf())
+        for _ in range(300):
+            stream.write(bytes(1 << 20))
     members = sound()
-    body = b"\0" + packed[10:]  # ends the gzip header's file name
-    members[0] = ("\x1f\x8b\x08\x08aaaaaa" + "b" * 20 + ".jpg", body)
+    key = "\x1f\x8b\x08\x08aaaaaa" + "b" * 20
+    members[:2] = [
+        (f"{key}.jpg", b"\0" + file.getvalue()[10:]),
+        (f"{key}.cls", b"1"),
+    ]  # \0 ends the file name
     return tar_of(members)
 
 
 def _polyglots(rng: random.Random) -> bytes:
-    tar = rng.choice((sparse_bomb, gzip_bomb))()
+    tar = rng.choice((_sparse, _sparse, _gzip))()
     return tar if rng.random() < 0.7 else gzip.compress(tar)
+
+
+_sparse, _gzip = cache(sparse_bomb), cache(gzip_bomb)
 
 
 MUTATIONS: dict[str, Callable[[random.Random], bytes]] = {

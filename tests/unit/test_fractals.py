@@ -1,4 +1,4 @@
-"""Fractals are functions of (seed, split, class, number): the same for any number of processes, sizes of set and start."""
+"""A fractal is a function of (seed, split, class, number): the same in every set, for any number of processes."""
 
 from __future__ import annotations
 
@@ -66,7 +66,9 @@ def test_more_images_or_classes_leave_the_others_as_they_were(tmp_path: Path) ->
     assert few.items() <= contents(tmp_path / "wide").items()
     assert few_test.items() == contents(tmp_path / "more", "test").items()
     make(tmp_path / "other", seed=1)
-    assert not few.items() & {k: v for k, v in contents(tmp_path / "other").items() if k[-3:] == "jpg"}.items()
+    assert (
+        not few.items() & {k: v for k, v in contents(tmp_path / "other").items() if k[-3:] == "jpg"}.items()
+    )
 
 
 def test_pixels_are_the_same_on_every_machine() -> None:
@@ -162,7 +164,7 @@ def test_mistakes_are_named(tmp_path: Path, words: list[str], message: str) -> N
 
 
 def test_the_command_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = "classes=3 per_class=4 size=16 format=png test_per_class=0 workers=1".split()
+    words = ["classes=3", "per_class=4", "size=16", "format=png", "test_per_class=0", "workers=1"]
     assert command.main(["fractal", str(tmp_path / "out"), *words]) == 0
     assert "train 12; 3 classes, 1 shards" in capsys.readouterr().out
     assert read_index(tmp_path / "out").num_samples == 12

@@ -323,7 +323,7 @@ def test_check_decode_finds_what_a_header_hides(tmp_path: Path) -> None:
     assert report.unreadable[0].startswith("00003.jpg: undecodable image")
 
 
-def test_a_sorted_source_is_shuffled_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_sorted_source_is_shuffled_and_said(tmp_path: Path) -> None:
     for i in range(4):
         write_images(tmp_path / "in" / f"class{i}", 20, 2)
     report = pack(tmp_path / "in", tmp_path / "out")
@@ -331,7 +331,6 @@ def test_a_sorted_source_is_shuffled_and_said(tmp_path: Path, caplog: pytest.Log
     assert verify(tmp_path / "out").warnings == ()
     kept = pack(tmp_path / "in", tmp_path / "kept", shuffle=False)
     assert "neighbours have the same label" in kept.warnings[0]
-    assert kept.warnings[0] in caplog.text
     assert "warning: split train: neighbours" in str(kept)
     again = pack(tmp_path / "kept", tmp_path / "again", shuffle=False)  # labels that only the tars know
     assert "neighbours have the same label" in again.warnings[0]
@@ -421,7 +420,8 @@ def test_the_command_packs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 def test_signals_leave_no_set(tmp_path: Path) -> None:
     """SIGTERM, as a batch system sends it: the pack ends, its workers too, and what is finished is kept."""
     code = (
-        "import sys; from vmamba_dist.data.shards import pack; pack('digits', sys.argv[1], samples_per_shard=3, workers=2)"
+        "import sys; from vmamba_dist.data.shards import pack\n"
+        "pack('digits', sys.argv[1], samples_per_shard=3, workers=2)"
     )
     process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "out")], start_new_session=True)
     while len(list(tmp_path.glob("out/_packing/*.tar.json"))) < 3:

@@ -36,6 +36,7 @@ log = logging.getLogger(__name__)
 INFO = "_info.json"
 SIZES = "sizes.json"
 PACKING = "_packing"  # there while a set is being written, or was when its writer was killed
+MAX_CLASSES = 1_000_000  # a label beyond is a mistake, not a class
 EVAL_SPLITS = ("val", "validation", "test")
 _MIB = 1 << 20
 
@@ -173,7 +174,8 @@ def read_index(folder: str | Path, split: str = "train", *, key: str = "data.tra
     entry = splits[split]
     try:
         filenames, lengths = list(entry["filenames"]), [int(n) for n in entry["shard_lengths"]]
-        if not len(filenames) == len(lengths) == len(entry.get("bytes", filenames)):
+        beside = [entry.get("bytes", filenames), entry.get("sha256", filenames)]
+        if {len(filenames)} != {len(lengths), *map(len, beside)}:
             raise ConfigError(
                 f"{root / INFO}: split {split!r} lists {len(filenames)} files, {len(lengths)} lengths"
             )
@@ -190,7 +192,7 @@ def read_index(folder: str | Path, split: str = "train", *, key: str = "data.tra
         if isinstance(error, ConfigError):
             raise
         raise ConfigError(f"{root / INFO}: split {split!r} is not in timm's form: {error!r}") from error
-    if any(Path(name).is_absolute() or ".." in Path(name).parts for name in filenames):
+    if not all(isinstance(name, str) and inside(name) for name in filenames):
         raise ConfigError(f"{root / INFO}: split {split!r} names files outside its folder")
     missing = [name for name in filenames if not (root / name).is_file()]
     if missing:
@@ -200,9 +202,20 @@ def read_index(folder: str | Path, split: str = "train", *, key: str = "data.tra
         )
     sizes = recorded or [(root / name).stat().st_size for name in filenames]
     shards = tuple(Shard(*fields) for fields in zip(filenames, lengths, sizes, hashes, strict=True))
+    for shard, size in zip(shards, sizes, strict=True):
+        # Where no size was recorded the tar may have been cut since: then only what memory would not hold.
+        if shard.num_samples * 2 * BLOCK > (size if recorded else max(size, 1 << 32)):
+            raise ConfigError(
+                f"{root / shard.filename} has {size} bytes, too few for the {shard.num_samples} samples that {INFO} "
+                "tells; pack the set again"
+            )
     offsets, warnings = _check_tars(root, split, shards)
     for warning in warnings:
         log.warning("%s", warning)
+    if num_classes > MAX_CLASSES:
+        raise ConfigError(
+            f"{root / INFO}: num_classes is {num_classes}, more than {MAX_CLASSES}; pack the set again"
+        )
     if num_classes < 1:
         raise ConfigError(
             f'{root / INFO} does not say how many classes there are; add "num_classes": K beside "splits", for '
@@ -210,6 +223,16 @@ def read_index(folder: str | Path, split: str = "train", *, key: str = "data.tra
         )
     return Index(
         root, str(info.get("name", root.name)), split, shards, num_classes, classes, offsets, warnings
+    )
+
+
+def inside(name: str) -> bool:
+    """Tell whether a file name from an index stays in the set's folder."""
+    return (
+        name not in ("", ".")
+        and not Path(name).is_absolute()
+        and ".." not in Path(name).parts
+        and "\0" not in name
     )
 
 
@@ -272,7 +295,9 @@ def _looks_whole(path: Path, offsets: Offsets, shard: int) -> bool:
             file.seek(at)
             try:
                 member = tarfile.TarInfo.frombuf(file.read(BLOCK), "utf-8", "surrogateescape")
-            except tarfile.TarError:
+            except (tarfile.TarError, ValueError):
+                return False
+            if member.size < 0:
                 return False
             at += BLOCK - -member.size // BLOCK * BLOCK
         file.seek(end)

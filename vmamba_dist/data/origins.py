@@ -22,10 +22,9 @@ from numpy.typing import NDArray
 from vmamba_dist.config.schema import ConfigError
 from vmamba_dist.data import sources
 from vmamba_dist.data.datasets import digits
-from vmamba_dist.data.index import EVAL_SPLITS, INFO, read_info
+from vmamba_dist.data.index import EVAL_SPLITS, INFO, MAX_CLASSES, inside, read_info
 from vmamba_dist.data.sources import Fault, LocalSource
 
-MAX_CLASSES = 1_000_000  # a label beyond is a mistake, not a class
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 
@@ -261,7 +260,7 @@ def _listed(root: Path, info: Mapping[str, object]) -> list[tuple[str, Path]]:
         if not isinstance(names, list) or not re.fullmatch(r"[A-Za-z0-9_]+", str(split)):
             raise ConfigError(f"{root / INFO}: split {split!r} is not in timm's form")
         for name in map(str, names):
-            if Path(name).is_absolute() or ".." in Path(name).parts:
+            if not inside(name):
                 raise ConfigError(f"{root / INFO}: split {split!r} names files outside its folder")
             if not (root / name).is_file():
                 raise ConfigError(f"{root / INFO}: split {split!r} lists {name}, which is missing")

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
-import logging
 import re
 import zlib
 from collections import Counter
@@ -39,8 +38,6 @@ from vmamba_dist.data.writer import (
     split_clusters,
     write_set,
 )
-
-log = logging.getLogger(__name__)
 
 _MIB = 1 << 20
 
@@ -296,6 +293,4 @@ def _cluster_warnings(
             same = int((labels[1:] == labels[:-1]).sum())
             if labels_cluster(same, len(labels) - 1, Counter(labels.tolist())):
                 warnings.append(f"split {name}: the source lies sorted by class; it was shuffled")
-    for warning in warnings:
-        log.warning("%s", warning)
     return warnings

@@ -18,7 +18,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vmamba_dist.config.schema import ConfigError
-from vmamba_dist.data.origins import MAX_CLASSES, Content, Keys, Row, check_columns, from_rows, stamp_of
+from vmamba_dist.data.index import MAX_CLASSES
+from vmamba_dist.data.origins import Content, Keys, Row, check_columns, from_rows, stamp_of
 from vmamba_dist.data.sources import Fault
 
 _ERRORS = (pa.ArrowException, OSError, ValueError, KeyError, TypeError, AttributeError)

@@ -12,10 +12,11 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from vmamba_dist.data import sources
 from vmamba_dist.data.decode import DecodeError, decode
-from vmamba_dist.data.index import INFO, Offsets, Shard, read_all, read_info
+from vmamba_dist.data.index import INFO, MAX_CLASSES, Offsets, Shard, inside, read_all, read_info
 from vmamba_dist.data.sources import Fault, LocalSource, local_path
 from vmamba_dist.data.writer import labels_cluster
 
@@ -60,31 +61,19 @@ def verify(folder: str | Path, *, progress: Callable[[int, int], None] | None = 
     """
     root = local_path(str(folder))
     info = read_info(root, "folder")
-    num_classes = int(info.get("num_classes", 2**31))
     faults: list[ShardFault] = []
     warnings: list[str] = []
+    num_classes = info.get("num_classes", MAX_CLASSES)
+    if not isinstance(num_classes, int) or not 0 < num_classes <= MAX_CLASSES:
+        faults.append(ShardFault(INFO, -1, "", f"num_classes is {num_classes!r}"))
+        num_classes = MAX_CLASSES
+    splits = {split: _rows(root, split, entry, faults) for split, entry in info["splits"].items()}
     num_samples = 0
-    done, total = 0, sum(len(entry.get("filenames", ())) for entry in info["splits"].values())
-    for split, entry in info["splits"].items():
+    done, total = 0, sum(map(len, splits.values()))
+    for split, shards in splits.items():
         labels: list[int] = []
         keys: Counter[str] = Counter()
-        try:
-            rows = list(
-                zip(
-                    entry["filenames"],
-                    entry["shard_lengths"],
-                    entry.get("bytes", [None] * len(entry["filenames"])),
-                    entry.get("sha256", [""] * len(entry["filenames"])),
-                    strict=True,
-                )
-            )
-            if sum(entry["shard_lengths"]) != entry["num_samples"]:
-                faults.append(ShardFault(INFO, -1, split, "num_samples is not the sum of shard_lengths"))
-        except (KeyError, TypeError, ValueError) as error:
-            faults.append(ShardFault(INFO, -1, split, f"not in timm's form: {error!r}"))
-            continue
-        for row in rows:
-            shard = Shard(*row)
+        for shard in shards:
             num_samples += _verify_shard(root, shard, num_classes, faults, labels, keys)
             done += 1
             if progress is not None:
@@ -99,6 +88,28 @@ def verify(folder: str | Path, *, progress: Callable[[int, int], None] | None = 
                 "mix only near samples: pack the set again with shuffling"
             )
     return VerifyReport(num_samples, total, tuple(faults), tuple(warnings))
+
+
+def _rows(root: Path, split: str, entry: Any, faults: list[ShardFault]) -> list[Shard]:
+    """Read a split's shards; what is wrong with its entry is a fault."""
+    try:
+        names = entry["filenames"]
+        rows = zip(
+            names,
+            entry["shard_lengths"],
+            entry.get("bytes", [None] * len(names)),
+            entry.get("sha256", [""] * len(names)),
+            strict=True,
+        )
+        shards = [Shard(str(n), int(m), None if b is None else int(b), str(h)) for n, m, b, h in rows]
+        if sum(shard.num_samples for shard in shards) != entry["num_samples"]:
+            faults.append(ShardFault(INFO, -1, split, "num_samples is not the sum of shard_lengths"))
+    except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
+        faults.append(ShardFault(INFO, -1, split, f"not in timm's form: {error!r}"))
+        return []
+    outside = [s for s in shards if not inside(s.filename)]
+    faults += [ShardFault(INFO, -1, split, f"names {s.filename!r}, outside its folder") for s in outside]
+    return [shard for shard in shards if shard not in outside]
 
 
 def _verify_shard(

@@ -45,7 +45,7 @@ from vmamba_dist.data.workers import Room, Workers
 log = logging.getLogger(__name__)
 
 LEFT_OUT = "left_out.txt"  # a line for each sample that could not be packed, where there are any
-PROBES = 32  # samples that say how large the others will be
+PROBES = 32  # samples, and at most one of 64, that say how large the others will be
 SHARD_PATIENCE_S = 24 * 3600.0  # a shard may be large and its disk slow; a worker that dies is seen at once
 _MIB = 1 << 20
 _AHEAD = 4  # shards that a process may be ahead of the others
@@ -217,7 +217,8 @@ def _cuts(sizes: Sequence[float], limit: int) -> Iterator[int]:
 def _bytes_a_weight(plan: Plan) -> float:
     """Make some samples, spread over all, to see how many bytes a unit of weight becomes."""
     numbers = np.concatenate([*plan.splits.values(), np.empty(0, np.int64)])
-    some = numbers[np.linspace(0, len(numbers) - 1, min(PROBES, len(numbers))).astype(np.int64)]
+    count = min(PROBES, -(-len(numbers) // 64))
+    some = numbers[np.linspace(0, len(numbers), count, endpoint=False).astype(np.int64)]
     made = [(float(plan.weights[n]), sample) for n in some if isinstance(sample := plan.make(int(n)), Sample)]
     weight = sum(w for w, _ in made)
     return sum(len(sample.image) for _, sample in made) / weight if weight else 1.0
