@@ -323,7 +323,7 @@ def test_check_decode_finds_what_a_header_hides(tmp_path: Path) -> None:
     assert report.unreadable[0].startswith("00003.jpg: undecodable image")
 
 
-def test_a_sorted_source_is_shuffled_and_said(tmp_path: Path) -> None:
+def test_a_sorted_source_is_shuffled_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for i in range(4):
         write_images(tmp_path / "in" / f"class{i}", 20, 2)
     report = pack(tmp_path / "in", tmp_path / "out")
@@ -332,6 +332,10 @@ def test_a_sorted_source_is_shuffled_and_said(tmp_path: Path) -> None:
     kept = pack(tmp_path / "in", tmp_path / "kept", shuffle=False)
     assert "neighbours have the same label" in kept.warnings[0]
     assert "warning: split train: neighbours" in str(kept)
+    read_index(tmp_path / "out")
+    assert caplog.text == ""
+    read_index(tmp_path / "kept")  # as a run does when it starts
+    assert "neighbours in split train have the same label" in caplog.text
     again = pack(tmp_path / "kept", tmp_path / "again", shuffle=False)  # labels that only the tars know
     assert "neighbours have the same label" in again.warnings[0]
     assert pack(tmp_path / "kept", tmp_path / "mixed").warnings == ()

@@ -212,6 +212,12 @@ def read_index(folder: str | Path, split: str = "train", *, key: str = "data.tra
     offsets, warnings = _check_tars(root, split, shards)
     for warning in warnings:
         log.warning("%s", warning)
+    if isinstance(clustered := info.get("clustered"), list) and split in clustered:
+        log.warning(
+            "%s: neighbours in split %s have the same label far more often than by chance, and a run mixes only near "
+            "samples: pack again with shuffling",
+            *(root, split),
+        )
     if num_classes > MAX_CLASSES:
         raise ConfigError(
             f"{root / INFO}: num_classes is {num_classes}, more than {MAX_CLASSES}; pack the set again"

@@ -106,11 +106,11 @@ def pack(
     about shard_mib where that is not given. Image files are copied as they are, unless their longer side has more
     than max_side px, or `encode` names a format: then they are decoded, resized and encoded (`quality` is JPEG's
     and WebP's). One whose header cannot be read, or with check="decode" its pixels, is left out and named in the
-    report and in left_out.txt. `workers` processes write (None: one a core); a pack that was killed goes on when
-    it is started again. Raises ConfigError where there is nothing to pack, or `out` has a set already and
-    overwrite is not given.
+    report and in left_out.txt. `workers` processes write (None: one a core for large sources); a pack that was
+    killed goes on when it is started again. Raises ConfigError where there is nothing to pack, or `out` has a set
+    already and overwrite is not given.
     """
-    shard_bytes, workers = check_limits(samples_per_shard, shard_mib, workers)
+    shard_bytes = check_limits(samples_per_shard, shard_mib, workers)
     if holdout is not None and not 0 <= holdout < 1:
         raise ConfigError(f"holdout={holdout}: a share: use 0 … below 1")
     if not re.fullmatch(r"[A-Za-z0-9_]+", split):
@@ -163,6 +163,7 @@ def pack(
             "num_classes": len(classes) or content.num_classes or 1 + _largest_label(records),
             "classes": list(classes),
             "shuffled": shuffle,
+            "clustered": [name for name in plan.splits if split_clusters(records, name)],
             "seed": seed,
         }
 

@@ -58,11 +58,6 @@ def _text(value: object) -> str:
     return "" if value is None else str(value)
 
 
-def is_saved_dataset(root: Path) -> bool:
-    """Tell whether a folder is what save_to_disk writes, of a Dataset or a DatasetDict."""
-    return (root / "dataset_dict.json").is_file() or (root / "state.json").is_file()
-
-
 def from_saved_dataset(root: Path, image_column: str | None, label_column: str | None) -> Content:
     """List a dataset that `datasets` saved to disk; splits and class names are its own.
 
@@ -79,9 +74,13 @@ def from_saved_dataset(root: Path, image_column: str | None, label_column: str |
 def _saved_dataset(root: Path, image_column: str | None, label_column: str | None) -> Content:
     parts = {"": root}
     if (root / "dataset_dict.json").is_file():
-        parts = {
-            name: root / name for name in _json(root / "dataset_dict.json")["splits"] if _safe(root, name)
-        }
+        names = _json(root / "dataset_dict.json")["splits"]
+        wrong = [
+            name for name in names if not (isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9_]+", name))
+        ]
+        if wrong or not names:
+            raise ConfigError(f"{root}: splits {names!r}: use names of letters, digits and _")
+        parts = {name: root / name for name in names}
     images: list[pa.ChunkedArray] = []
     labels: list[int] = []
     splits: list[str] = []
@@ -99,11 +98,11 @@ def _saved_dataset(root: Path, image_column: str | None, label_column: str | Non
         if state.get("_indices_data_files") or state.get("_indices_files"):
             raise ConfigError(f"{folder} keeps an order beside its data; save it with a current datasets")
         for name in [str(entry["filename"]) for entry in state["_data_files"]]:
-            if not _safe(folder, name):
+            if not _plain(name):
                 raise ConfigError(f"{folder}: names files outside its folder")
             files.append(folder / name)
             with pa.memory_map(str(folder / name)) as mapped:
-                options = pa.ipc.IpcReadOptions(use_threads=False, included_fields=None)
+                options = pa.ipc.IpcReadOptions(use_threads=False)
                 table = pa.ipc.open_stream(mapped, options=options).read_all().select([image, label])
             table.validate(full=True)
             images.append(table.column(image))
@@ -113,8 +112,8 @@ def _saved_dataset(root: Path, image_column: str | None, label_column: str | Non
             splits += [split] * len(found)
     column = pa.chunked_array([chunk for array in images for chunk in array.chunks]) if images else None
     num_classes = len(classes) or MAX_CLASSES
-    names = Keys()
-    ours = [names.new(key) for key in keys]
+    unique = Keys()
+    ours = [unique.new(key) for key in keys]
 
     def load(number: int) -> tuple[bytes, int] | Fault:
         assert column is not None
@@ -145,9 +144,9 @@ def _json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _safe(folder: Path, name: object) -> bool:
-    """Tell whether a name from data is that of something in the folder."""
-    return isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name) is not None
+def _plain(name: str) -> bool:
+    """Tell whether a name from data is that of something in its folder."""
+    return re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name) is not None
 
 
 def _columns(

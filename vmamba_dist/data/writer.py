@@ -47,6 +47,7 @@ log = logging.getLogger(__name__)
 LEFT_OUT = "left_out.txt"  # a line for each sample that could not be packed, where there are any
 PROBES = 32  # samples, and at most one of 64, that say how large the others will be
 SHARD_PATIENCE_S = 24 * 3600.0  # a shard may be large and its disk slow; a worker that dies is seen at once
+WORTH_A_PROCESS = 2000  # samples
 _MIB = 1 << 20
 _AHEAD = 4  # shards that a process may be ahead of the others
 
@@ -101,15 +102,15 @@ class _Task:
     numbers: NDArray[np.int64]
 
 
-def check_limits(samples_per_shard: int | None, shard_mib: float, workers: int | None) -> tuple[int, int]:
-    """Return (bytes a shard, processes). Raises ConfigError for what no set can be written with."""
+def check_limits(samples_per_shard: int | None, shard_mib: float, workers: int | None) -> int:
+    """Return the bytes of a shard. Raises ConfigError for what no set can be written with."""
     if samples_per_shard is not None and samples_per_shard < 1:
         raise ConfigError(f"samples_per_shard={samples_per_shard}: use 1 or more")
     if not 0 < shard_mib <= 1 << 20:
         raise ConfigError(f"shard_mib={shard_mib}: use more than 0 MiB, and at most {1 << 20}")
     if workers is not None and workers < 1:
         raise ConfigError(f"workers={workers}: use 1 or more processes")
-    return int(shard_mib * _MIB), workers or len(os.sched_getaffinity(0))
+    return int(shard_mib * _MIB)
 
 
 def write_set(
@@ -117,15 +118,19 @@ def write_set(
     plan: Plan,
     extra: Callable[[Sequence[ShardRecord]], Mapping[str, Any]],
     *,
-    workers: int,
+    workers: int | None,
     overwrite: bool,
     progress: Progress | None = None,
 ) -> list[ShardRecord]:
     """Write the plan's set at `root`; what an earlier start of the same plan has finished is kept.
 
-    extra(records) is what `_info.json` says beside name and splits. Raises ConfigError where `root` has a set
-    already and overwrite is not given, or another process writes there.
+    `workers` processes write; None: one a core, as far as each has thousands of samples. extra(records) is what
+    `_info.json` says beside name and splits. Raises ConfigError where `root` has a set already and overwrite is not
+    given, or another process writes there.
     """
+    if workers is None:
+        num_samples = sum(map(len, plan.splits.values()))
+        workers = min(len(os.sched_getaffinity(0)), 1 + num_samples // WORTH_A_PROCESS)
     with _take_folder(root, plan, overwrite):
         tasks = _tasks(plan)
         done = {task.filename: record for task in tasks if (record := _finished(root, task)) is not None}

@@ -57,7 +57,7 @@ class FractalConfig:
     quality: int = 90  # of JPEG and WebP
     samples_per_shard: int = 0  # 0: by shard_mib
     shard_mib: float = 32.0  # small enough for several processes to share a small set
-    workers: int = 0  # processes; 0: one a core
+    workers: int = 0  # processes; 0: one a core for large sets
     name: str = "fractal"  # the shards' first name
 
     def __post_init__(self) -> None:
@@ -125,9 +125,7 @@ def fractal(
     The test split does not depend on per_class. Raises ConfigError where `out` has a set already and overwrite is
     not given.
     """
-    shard_bytes, workers = check_limits(
-        config.samples_per_shard or None, config.shard_mib, config.workers or None
-    )
+    shard_bytes = check_limits(config.samples_per_shard or None, config.shard_mib, config.workers or None)
     artist = Artist(config)
     num_train = config.classes * config.per_class
     num_test = config.classes * config.num_test
@@ -164,7 +162,12 @@ def fractal(
         }
 
     records = write_set(
-        local_path(str(out)), plan, extra, workers=workers, overwrite=overwrite, progress=progress
+        local_path(str(out)),
+        plan,
+        extra,
+        workers=config.workers or None,
+        overwrite=overwrite,
+        progress=progress,
     )
     return report(local_path(str(out)), plan, records, num_classes=config.classes)
 
