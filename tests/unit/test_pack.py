@@ -389,6 +389,17 @@ def test_a_source_is_never_overwritten(tmp_path: Path) -> None:
     assert files(made) == before
 
 
+def test_what_is_no_regular_file_is_left_out_by_name(tmp_path: Path) -> None:
+    """A pipe would be waited for, for ever; a link that leads nowhere has nothing to read."""
+    write_images(tmp_path / "in/class", 4, 1)
+    os.mkfifo(tmp_path / "in/class/pipe.jpg")
+    (tmp_path / "in/class/nowhere.jpg").symlink_to(tmp_path / "none.jpg")
+    (tmp_path / "in/class/link.jpg").symlink_to(tmp_path / "in/class/00000.jpg")
+    report = pack(tmp_path / "in", tmp_path / "out")
+    assert report.samples == {"train": 5}
+    assert set(report.ignored) == {"class/list.csv", "class/nowhere.jpg", "class/pipe.jpg"}
+
+
 def test_an_image_that_vanishes_is_an_error_and_not_a_skip(tmp_path: Path) -> None:
     table = write_images(tmp_path / "in", 12, 3)
 
