@@ -21,8 +21,8 @@ from vmamba_dist.config.schema import UserError
 from vmamba_dist.data.augment import borrowed_generator, sample_seeds
 from vmamba_dist.data.batch import BadSample
 from vmamba_dist.data.decode import DecodeError, decode
+from vmamba_dist.data.index import Index, read_samples
 from vmamba_dist.data.order import EpochOrder
-from vmamba_dist.data.shards import Index, read_samples
 from vmamba_dist.data.sources import Fault, Raw, parse_label
 
 Transform = Callable[[Image.Image], Tensor]
