@@ -11,7 +11,7 @@ import hashlib
 import json
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +19,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from vmamba_dist.config.addresses import WHERE, is_secret, redact
 from vmamba_dist.config.schema import Config, ConfigError
 
 _PACKAGE = Path(__file__).resolve().parent.parent
@@ -102,8 +103,15 @@ def digest(values: Mapping[str, Any]) -> str:
 
 
 def _known_keys() -> list[str]:
-    hints = typing.get_type_hints(Config)
-    return [f"{group}.{item.name}" for group, part in hints.items() for item in dataclasses.fields(part)]
+    return list(_leaves(Config, ""))
+
+
+def _leaves(cls: type[Any], prefix: str) -> Iterator[str]:
+    for name, hint in typing.get_type_hints(cls).items():
+        if dataclasses.is_dataclass(hint):
+            yield from _leaves(typing.cast("type[Any]", hint), f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}"
 
 
 def _build(cls: type[Any], values: Any, prefix: str) -> Any:
@@ -115,10 +123,12 @@ def _build(cls: type[Any], values: Any, prefix: str) -> Any:
     for key in values:
         if key not in hints:
             full = f"{prefix}{key}"
+            if is_secret(str(key)):
+                raise ConfigError(f"{full}: no key, and its value is not told; {WHERE}")
             candidates = _known_keys() if prefix else [*hints, *_known_keys()]
             near = difflib.get_close_matches(full, candidates, n=1, cutoff=0.4)
             hint = f"; did you mean {near[0]}?" if near else f"; keys here: {', '.join(hints)}"
-            raise ConfigError(f"{full}={values[key]!r}: unknown key{hint}")
+            raise ConfigError(f"{full}={redact(repr(values[key]))}: unknown key{hint}")
     arguments = {}
     for key, value in values.items():
         hint = hints[key]
@@ -142,9 +152,15 @@ def _convert(key: str, value: Any, hint: Any) -> Any:
             raise ConfigError(f"{key}={value!r}: choose one of {', '.join(map(str, inner))}")
         return value
     if origin in (types.UnionType, typing.Union):
-        if value is None:
+        if value is None and type(None) in inner:
             return None
-        return _convert(key, value, next(t for t in inner if t is not type(None)))
+        listed = next((t for t in inner if typing.get_origin(t) is tuple), None)
+        if listed is not None and isinstance(value, Sequence) and not isinstance(value, str):
+            return _convert(key, value, listed)
+        return _convert(key, value, next(t for t in inner if t not in (type(None), listed)))
+    if origin is tuple and inner[1:] == (...,):
+        items = enumerate(value)
+        return tuple(_build(inner[0], item, f"{key}[{i}].") for i, item in items)
     if origin is tuple:
         if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != len(inner):
             raise ConfigError(f"{key}={value!r}: give a list of {len(inner)} numbers, for example {key}=[…]")

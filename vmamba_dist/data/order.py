@@ -21,7 +21,7 @@ import zlib
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -167,6 +167,26 @@ class Run:
     count: int
 
 
+class Order(Protocol):
+    """What a reader asks of an epoch's order. A lane is named by the order's own value for it."""
+
+    epoch: int
+
+    def place(self, position: int) -> tuple[Any, int, int]:
+        """Return (lane, block of the lane, slot of the block) of a position."""
+
+    def buffer(self, lane: Any) -> int:
+        """Tell which of a reader's open blocks is the lane's."""
+
+    def num_blocks(self, lane: Any) -> int: ...
+
+    def slots(self, lane: Any, block: int) -> list[int]: ...
+
+    def runs(self, lane: Any, block: int) -> list[Run]: ...
+
+    def locate(self, position: int) -> tuple[int, int]: ...
+
+
 class EpochOrder:
     """The order of one epoch. Holds O(shards + lanes) numbers; a block's order is drawn when asked for."""
 
@@ -176,7 +196,8 @@ class EpochOrder:
         lengths = np.asarray(shard_lengths, dtype=np.int64)
         self.seed, self.epoch, self.lanes, self.block = seed, epoch, lanes, block
         self.num_samples = int(lengths.sum())
-        check_lanes(self.num_samples, lanes)
+        if not 1 <= lanes <= self.num_samples:  # a mixture's source may have an odd number
+            check_lanes(self.num_samples, lanes)
         shards = _rng(seed, _SHARDS, epoch).permutation(len(lengths))
         self._shards: list[int] = shards.tolist()
         self._shard_starts: list[int] = [0, *np.cumsum(lengths[shards]).tolist()]
@@ -199,6 +220,9 @@ class EpochOrder:
         """Return (lane, block of the lane, slot of the block) of a position."""
         element, lane = divmod(position, self.lanes)
         return lane, *divmod(element, self.block)
+
+    def buffer(self, lane: int) -> int:
+        return lane
 
     def slots(self, lane: int, block: int) -> list[int]:
         """Return the block's order: slot k takes the slots(…)[k]-th sample of the block as it lies."""

@@ -14,6 +14,7 @@ import logging
 import math
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
 
 import numpy as np
 import torch
@@ -24,8 +25,10 @@ from vmamba_dist.config.schema import AugmentConfig, ConfigError, DataConfig, Ev
 from vmamba_dist.data import order
 from vmamba_dist.data.augment import EvalTransform, TrainTransform
 from vmamba_dist.data.batch import BadSample, Batch
+from vmamba_dist.data.mixture import Mixture
 from vmamba_dist.data.reader import LaneReader, Rows, read_in_file_order
 from vmamba_dist.data.shards import Index
+from vmamba_dist.data.sources import Source
 from vmamba_dist.data.workers import Room, Workers
 
 log = logging.getLogger(__name__)
@@ -43,7 +46,7 @@ class TrainStream:
 
     def __init__(
         self,
-        index: Index,
+        index: Index | Mixture,
         data: DataConfig,
         augment: AugmentConfig,
         *,
@@ -56,7 +59,7 @@ class TrainStream:
         pin_memory: bool = False,
     ) -> None:
         order.check_batch(index.num_samples, data.global_batch, world, accumulate)
-        order.check_lanes(index.num_samples, lanes)
+        index.check_lanes(lanes)
         self.index = index
         self.lanes = lanes
         self.share = order.Share(data.global_batch, rank, world, accumulate)
@@ -94,6 +97,8 @@ class TrainStream:
             *(self.steps_per_epoch, self.remainder),
             *(readers, "s" * (readers > 1), open_lanes, block_mib, ahead_mib),
         )
+        if isinstance(self.index, Mixture):
+            self.index.log(self.lanes)
         if not apart:
             log.info(
                 "data: %d ranks × %d readers do not divide the %d pairs of lanes, so blocks are read by several "
@@ -245,8 +250,9 @@ def eval_batches(
     def count_of(i: int) -> int:
         return max(0, min(rows_of(i), index.num_samples - rank * share - i * evaluate.batch))
 
-    def read(i: int, images: Tensor) -> tuple[Rows, list[bool]]:
-        return read_in_file_order(index, transform, rank * share + i * evaluate.batch, count_of(i), images)
+    def read(source: Source, i: int, images: Tensor) -> tuple[Rows, list[bool]]:
+        first = rank * share + i * evaluate.batch
+        return read_in_file_order(index, source, transform, first, count_of(i), images)
 
     def batch(i: int, images: Tensor, rows: Rows, good: list[bool]) -> Batch:
         first = rank * share + i * evaluate.batch
@@ -256,15 +262,19 @@ def eval_batches(
         return Batch(images, labels, positions, rows.keys, step=i, epoch=0, mask=mask, bad=rows.bad)
 
     if not workers:
-        for i in range(num_batches):
-            images = channels_first(torch.empty((rows_of(i), image_size, image_size, 3), dtype=torch.uint8))
-            yield batch(i, images, *read(i, images))
+        with closing(index.source()) as source:
+            for i in range(num_batches):
+                images = channels_first(
+                    torch.empty((rows_of(i), image_size, image_size, 3), dtype=torch.uint8)
+                )
+                yield batch(i, images, *read(source, i, images))
         return
     workers = min(workers, num_batches)
 
     def produce(worker: int, _: None, room: Room) -> Iterator[tuple[int, tuple[Rows, list[bool]]]]:
-        for i in range(worker, num_batches, workers):
-            yield rows_of(i), read(i, channels_first(room()[: rows_of(i)]))
+        with closing(index.source()) as source:
+            for i in range(worker, num_batches, workers):
+                yield rows_of(i), read(source, i, channels_first(room()[: rows_of(i)]))
 
     pool = Workers(produce, workers, prefetch, (rows_of(0), image_size, image_size, 3))
     try:
