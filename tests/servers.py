@@ -37,8 +37,14 @@ class Shelf:
     needs: str = ""  # an Authorization header, or 401
     asked: list[tuple[str, str, str]] = field(default_factory=list)  # path, Range, fault
     sent: int = 0  # bytes of tars
-    open_sockets: int = 0
-    released: threading.Event = field(default_factory=threading.Event)  # set at the end: nothing stalls longer
+    sockets: set[int] = field(default_factory=set)  # of connections that are open
+    released: threading.Event = field(
+        default_factory=threading.Event
+    )  # set at the end: nothing stalls longer
+
+    @property
+    def open_sockets(self) -> int:
+        return len(self.sockets)
 
     def ranges(self) -> list[str]:
         return [asked for path, asked, _ in self.asked if path.endswith(".tar")]
@@ -46,16 +52,17 @@ class Shelf:
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # else each answer waits 40 ms for an acknowledgement
     server: _Server
 
     def setup(self) -> None:
         super().setup()
-        self.server.shelf.open_sockets += 1
+        self.server.shelf.sockets.add(id(self))
 
     def finish(self) -> None:
         with suppress(OSError):
             super().finish()
-        self.server.shelf.open_sockets -= 1
+        self.server.shelf.sockets.discard(id(self))
 
     def log_message(self, format: str, *args: object) -> None:
         pass
@@ -188,6 +195,8 @@ def upload(url: str, folder: Path, prefix: str) -> None:
     """Put a folder's files below s3://BUCKET/prefix."""
     for path in folder.iterdir():
         if path.is_file():
-            put = urllib.request.Request(f"{url}/{BUCKET}/{prefix}/{path.name}", path.read_bytes(), method="PUT")
+            put = urllib.request.Request(
+                f"{url}/{BUCKET}/{prefix}/{path.name}", path.read_bytes(), method="PUT"
+            )
             with urllib.request.urlopen(put, timeout=20):
                 pass

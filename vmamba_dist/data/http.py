@@ -28,7 +28,7 @@ from urllib3.exceptions import HTTPError, MaxRetryError
 from urllib3.util import Retry, Timeout, make_headers
 
 from vmamba_dist.config.addresses import redact
-from vmamba_dist.config.schema import ConfigError
+from vmamba_dist.config.schema import ConfigError, UserError
 
 if TYPE_CHECKING:
     from urllib3.response import BaseHTTPResponse
@@ -123,18 +123,25 @@ class Http:
                 if count and time.monotonic() - begun > self._timeout_s:
                     raise AttemptError(f"{count} bytes were still to come after {self._timeout_s:g} s")
             whole = True
+        except UserError:  # of `check`; an OSError too
+            raise
         except (HTTPError, OSError) as error:
             raise AttemptError(_told(error)) from None
         finally:
-            if whole:
-                answer.release_conn()
-            else:
+            # Python before 3.11.8 and 3.12.2 leaves a response open that read1 has read to its end, and with it the
+            # socket, even once the connection is closed.
+            if whole and (original := getattr(answer, "_original_response", None)) is not None:
+                original.close()
+            if not whole:
                 answer.close()
+            answer.release_conn()  # a closed one too: the pool counts them, and opens it again
 
     def close(self) -> None:
         """Close what this process has open."""
         if self._pid == os.getpid():
             for pool in self._pools.values():
+                for host in pool.pools.keys():  # noqa: SIM118  not a dict
+                    pool.pools[host].close()  # clear() alone leaves it to the garbage collector
                 pool.clear()
         self._pools = {}
 

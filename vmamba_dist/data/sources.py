@@ -72,7 +72,8 @@ def local_path(address: str) -> Path:
     match = _SCHEME.match(address)
     if match and match[1] == "pipe":
         raise ConfigError(
-            f"{redact(address)!r}: pipe: addresses run a shell command and are refused; copy the shards to a local folder"
+            f"{redact(address)!r}: pipe: addresses run a shell command and are refused; copy the shards to a "
+            "local folder"
         )
     if match and match[1] != "file":
         raise ConfigError(
