@@ -203,6 +203,7 @@ def test_a_password_comes_from_netrc_and_is_never_told(
     assert "hush" not in str(bad.value)
 
 
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
 def test_a_fork_makes_connections_of_its_own(server: Shelf) -> None:
     source = RemoteSource([item(server)], Web(), Patience(timeout_s=5))
     assert source.read(0, 0, 50_000) == CONTENT[:50_000]
