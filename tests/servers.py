@@ -15,6 +15,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
+
+import boto3
 
 KEY_ID, SECRET = "AKIAnobody", "hush-hush-secret"
 BUCKET = "shelf"
@@ -183,20 +186,26 @@ def s3() -> Iterator[str]:
             except OSError:
                 assert process.poll() is None
                 time.sleep(0.1)
-        with urllib.request.urlopen(urllib.request.Request(f"{url}/{BUCKET}", method="PUT"), timeout=20):
-            pass
+        client(url).create_bucket(Bucket=BUCKET)
         yield url
     finally:
         process.kill()
         process.wait()
 
 
+def client(url: str) -> Any:
+    return boto3.client(
+        "s3",
+        endpoint_url=url,
+        region_name="us-east-1",
+        aws_access_key_id=KEY_ID,
+        aws_secret_access_key=SECRET,
+    )
+
+
 def upload(url: str, folder: Path, prefix: str) -> None:
     """Put a folder's files below s3://BUCKET/prefix."""
+    bucket = client(url)
     for path in folder.iterdir():
         if path.is_file():
-            put = urllib.request.Request(
-                f"{url}/{BUCKET}/{prefix}/{path.name}", path.read_bytes(), method="PUT"
-            )
-            with urllib.request.urlopen(put, timeout=20):
-                pass
+            bucket.put_object(Bucket=BUCKET, Key=f"{prefix}/{path.name}", Body=path.read_bytes())

@@ -16,8 +16,8 @@ from webdataset.tariterators import base_plus_ext
 
 from vmamba_dist.data.sources import Raw, parse_label, scan_tar
 
-_AHEAD = 1 << 21  # bytes of a request where headers lie close together
-_JUMP = 1 << 16  # bytes of a request after a jump: a header, and mostly the label and the next header
+_AHEAD = 1 << 21  # bytes of a request where headers lie close together: it doubles up to this
+_JUMP = 1 << 16  # bytes of the first request, and after a jump: a header, and mostly the label and the next header
 _GAP = 1 << 20  # bytes that are cheaper to read than to jump
 _MOST_LABEL = 1 << 16  # bytes; a larger member is no label
 
@@ -64,6 +64,7 @@ class RangeFile(io.RawIOBase):
         self._at = 0
         self._start = 0
         self._window = b""
+        self._length = _JUMP // 2
 
     def as_file(self) -> IO[bytes]:
         return cast("IO[bytes]", self)
@@ -98,6 +99,6 @@ class RangeFile(io.RawIOBase):
     def _fill(self) -> None:
         """Read the window at the place; read on from the last one where the gap between is small."""
         ahead = self._at - (self._start + len(self._window))
-        length = _AHEAD if 0 <= ahead <= _GAP else _JUMP
-        self._window = self._read(self._at, min(self._at + length, self._size))
+        self._length = min(2 * self._length, _AHEAD) if 0 <= ahead <= _GAP else _JUMP
+        self._window = self._read(self._at, min(self._at + self._length, self._size))
         self._start = self._at
