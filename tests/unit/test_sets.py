@@ -8,10 +8,11 @@ import logging
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 
 import pytest
@@ -177,9 +178,8 @@ def test_an_index_is_kept_beside_the_shards_when_asked(folder: Path, server: She
 
 @forks
 def test_many_ranks_make_an_index_once(folder: Path, server: Shelf, tmp_path: Path) -> None:
-    """Six processes start together, one is killed while it makes the index: the others get a whole one."""
+    """Six processes start together: one makes it, the others wait for it."""
     address = f"{server.url}/bare/{PATTERN}"
-    (tmp_path / "x.lock").touch()
     children = []
     for _ in range(6):
         child = os.fork()
@@ -348,7 +348,6 @@ def test_an_early_stop_leaves_no_thread_no_socket_and_no_process(server: Shelf, 
             time.sleep(0.02)
         assert threading.active_count() == threads
         assert multiprocessing.active_children() == []
-    made = None  # type: ignore[assignment]
     assert len(list(Path("/proc/self/fd").iterdir())) <= files
 
 
@@ -375,21 +374,12 @@ def test_a_killed_reader_is_an_error_within_seconds_and_no_zombie(server: Shelf,
 def test_a_lane_starts_inside_a_shard(folder: Path, server: Shelf, tmp_path: Path) -> None:
     """A resume in the middle of an epoch reads at most two blocks for each lane of its first batch."""
     index = open_set(f"{server.url}/set", "train", data=data(), keep=tmp_path)
-    largest = max(
-        b - a
-        for i, count in enumerate(index.lengths)
-        for a, b in zip(
-            index.offsets.bounds(i, 0, count), index.offsets.bounds(i, 0, count)[1:], strict=False
-        )
-    )
+    bounds = [index.offsets.bounds(i, 0, count) for i, count in enumerate(index.lengths)]
+    largest = max(b - a for own in bounds for a, b in pairwise(own))
     server.sent = 0
     (batch,) = take(1, stream(index), 0, 48)
     assert_same([batch], take(1, stream(read_index(folder)), 0, 48))
     assert 0 < server.sent <= 6 * 2 * 4 * largest
-    assert (
-        all(not asked.startswith("bytes=0-") for path, asked, _ in server.asked if path.endswith(".tar"))
-        or True
-    )
 
 
 def test_a_cache_serves_the_set_when_the_server_is_down(folder: Path, tmp_path: Path) -> None:
@@ -493,8 +483,8 @@ def test_no_secret_is_told(endpoint: str, tmp_path: Path, caplog: pytest.LogCapt
 
 
 def test_without_boto3_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "boto3", None)
-    monkeypatch.delitem(__import__("sys").modules, "vmamba_dist.data.s3", raising=False)
+    monkeypatch.setitem(sys.modules, "boto3", None)
+    monkeypatch.delitem(sys.modules, "vmamba_dist.data.s3", raising=False)
     with pytest.raises(ConfigError, match=r"s3:// addresses need boto3 .*pip install 'vmamba-dist\[s3\]'"):
         open_set("s3://bucket/x", "train", data=data(), keep=tmp_path)
 
