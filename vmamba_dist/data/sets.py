@@ -185,7 +185,7 @@ def open_set(
     named = f"{key}={redact(address)!r}"
     with closing(folder):
         if names is None and isinstance(folder, LocalFolder) and not _is_bare(folder):
-            index = read_index(folder.root, split, key=key)
+            index = read_index(folder.address, split, key=key)
             items = _items_of(index) if data.cache_dir else []
         else:
             index, items = _open_kept(folder, names, split, data, Path(keep), named)
