@@ -187,9 +187,10 @@ def main() -> None:
         "Resume in the middle of an epoch",
         [
             f"{SHARDS} shards of {PER_SHARD} samples of about 20 kB, {LANES} lanes, blocks of {BLOCK}, a batch of "
-            f"{DATA.global_batch}, {DATA.workers} readers; {given.rounds} resumes, each a process of its own. Seconds are "
-            "from the address to the first batch, imports done: the median, and all of them. The machine is noisy: other "
-            "work shared its cores, with moto's server among it, so the CPU time of the run and its readers stands beside.",
+            f"{DATA.global_batch}, {DATA.workers} readers; {given.rounds} resumes, each a process of its own. "
+            "Seconds are from the address to the first batch, imports done: the median, and all of them. The "
+            f"machine is noisy: other work shared its cores (load {os.getloadavg()[1]:.0f} on {os.cpu_count()}), and so "
+            "did moto's server; so the CPU time of a run and its readers, without the server's, stands beside.",
             "",
             *table(
                 [

@@ -139,6 +139,18 @@ def _build(cls: type[Any], values: Any, prefix: str) -> Any:
     return cls(**arguments)
 
 
+def _build_item(cls: type[Any], item: Any, key: str) -> Any:
+    """Build an item of a list, which has keys without a default."""
+    names = [field.name for field in dataclasses.fields(cls)]
+    if not isinstance(item, Mapping):
+        form = ", ".join(f"{name}: …" for name in names)
+        raise ConfigError(f"{key}={redact(repr(item))}: give {{{form}}}")
+    for field in dataclasses.fields(cls):
+        if field.default is dataclasses.MISSING and field.name not in item:
+            raise ConfigError(f"{key}.{field.name} is not set; an item has {', '.join(names)}")
+    return _build(cls, item, f"{key}.")
+
+
 def _example(prefix: str) -> str:
     return next((k for k in _known_keys() if k.startswith(prefix)), "group.key=value")
 
@@ -159,8 +171,7 @@ def _convert(key: str, value: Any, hint: Any) -> Any:
             return _convert(key, value, listed)
         return _convert(key, value, next(t for t in inner if t not in (type(None), listed)))
     if origin is tuple and inner[1:] == (...,):
-        items = enumerate(value)
-        return tuple(_build(inner[0], item, f"{key}[{i}].") for i, item in items)
+        return tuple(_build_item(inner[0], item, f"{key}[{i}]") for i, item in enumerate(value))
     if origin is tuple:
         if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != len(inner):
             raise ConfigError(f"{key}={value!r}: give a list of {len(inner)} numbers, for example {key}=[…]")

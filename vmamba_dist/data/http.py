@@ -151,7 +151,8 @@ class Http:
         parts = urlsplit(url)
         proxy = "" if proxy_bypass(parts.hostname or "") else getproxies().get(parts.scheme, "")
         if proxy not in self._pools:
-            common = {"num_pools": 8, "maxsize": self._connections, "block": True}
+            bundle = os.environ.get("AWS_CA_BUNDLE") or os.environ.get("REQUESTS_CA_BUNDLE")
+            common = {"num_pools": 8, "maxsize": self._connections, "block": True, "ca_certs": bundle}
             self._pools[proxy] = (
                 urllib3.ProxyManager(proxy, **common)  # type: ignore[arg-type]
                 if proxy

@@ -156,7 +156,7 @@ class Fetcher:
     def _check(self, item: Item, facts: Facts) -> None:
         with self._lock:
             seen = self._seen.get(item.address)
-            if seen is None:
+            if seen is None and (item.size is None or not item.tag):
                 self._seen[item.address] = facts
         size = item.size if item.size is not None or seen is None else seen.size
         tag = item.tag or (seen.tag if seen is not None else "")

@@ -17,7 +17,9 @@ from webdataset.tariterators import base_plus_ext
 from vmamba_dist.data.sources import Raw, parse_label, scan_tar
 
 _AHEAD = 1 << 21  # bytes of a request where headers lie close together: it doubles up to this
-_JUMP = 1 << 16  # bytes of the first request, and after a jump: a header, and mostly the label and the next header
+_JUMP = (
+    1 << 16
+)  # bytes of the first request, and after a jump: a header, and mostly the label and the next header
 _GAP = 1 << 20  # bytes that are cheaper to read than to jump
 _MOST_LABEL = 1 << 16  # bytes; a larger member is no label
 
