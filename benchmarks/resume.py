@@ -189,8 +189,8 @@ def main() -> None:
             f"{SHARDS} shards of {PER_SHARD} samples of about 20 kB, {LANES} lanes, blocks of {BLOCK}, a batch of "
             f"{DATA.global_batch}, {DATA.workers} readers; {given.rounds} resumes, each a process of its own. "
             "Seconds are from the address to the first batch, imports done: the median, and all of them. The "
-            f"machine is noisy: other work shared its cores (load {os.getloadavg()[1]:.0f} on {os.cpu_count()}), and so "
-            "did moto's server; so the CPU time of a run and its readers, without the server's, stands beside.",
+            f"machine is noisy: other work shared its cores (load {os.getloadavg()[1]:.0f} on {os.cpu_count()}), "
+            "and so did moto's server; so the CPU time of a run and its readers, without the server's, stands beside.",
             "",
             *table(
                 [

@@ -45,7 +45,23 @@ def item(server: Shelf) -> Item:
 
 
 @pytest.mark.parametrize(
-    "fault", ["stall", "cut", "hang", "trickle", "500", "503", "429", "range", "whole", "length"]
+    "fault",
+    [
+        "stall",
+        "cut",
+        "hang",
+        "trickle",
+        "range",
+        "whole",
+        "length",
+        "408",
+        "425",
+        "429",
+        "500",
+        "502",
+        "503",
+        "504",
+    ],
 )
 def test_what_passes_is_tried_again_and_gives_the_same_bytes(
     server: Shelf, fetcher: Fetcher, fault: str, caplog: pytest.LogCaptureFixture
@@ -99,7 +115,7 @@ def test_a_server_that_is_gone_is_one_error(tmp_path: Path, server: Shelf, fetch
     )  # workers send it to their parent
 
 
-@pytest.mark.parametrize("status", ["404", "403", "410"])
+@pytest.mark.parametrize("status", ["400", "403", "404", "410"])
 def test_a_final_answer_is_not_asked_for_again(server: Shelf, fetcher: Fetcher, status: str) -> None:
     server.always = status
     with pytest.raises(SourceError, match=rf"attempt 1 was the last: HTTP {status}"):

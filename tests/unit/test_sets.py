@@ -168,6 +168,7 @@ def test_an_index_is_kept_beside_the_shards_when_asked(folder: Path, server: She
     index = open_set(str(bare), "train", data=asked, keep=tmp_path / "k")
     assert verify(bare).ok
     assert read_index(bare).fingerprint() == index.fingerprint()
+    assert "tags" not in json.loads((bare / "_info.json").read_text())  # they would be wrong of a copy
     assert open_set(str(bare), "train", data=data(), keep=tmp_path / "k2").lengths == index.lengths
     for address in (f"{bare}/{PATTERN}", f"{server.url}/bare/{PATTERN}"):
         with pytest.raises(
@@ -351,24 +352,27 @@ def test_an_early_stop_leaves_no_thread_no_socket_and_no_process(server: Shelf, 
     assert len(list(Path("/proc/self/fd").iterdir())) <= files
 
 
-def test_a_killed_reader_is_an_error_within_seconds_and_no_zombie(server: Shelf, tmp_path: Path) -> None:
-    """Killed while it waits for a server that says nothing; the other reader waits too."""
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_reader_is_an_error_within_seconds_and_no_zombie(
+    server: Shelf, tmp_path: Path, victim: int
+) -> None:
+    """Killed while it waits for a server that says nothing; the other reader, whose turn it may be, waits too."""
     index = open_set(f"{server.url}/set", "train", data=data(read_timeout_s=120.0), keep=tmp_path)
     made = stream(index, 2)
     server.always = "stall"
     batches = made.batches()
-    victims = [process.pid for process in multiprocessing.active_children()]
+    readers = {process.name: process.pid for process in multiprocessing.active_children()}
     deadline = time.monotonic() + 20
     while not any(fault == "stall" for *_, fault in server.asked) and time.monotonic() < deadline:
         time.sleep(0.02)
     begun = time.monotonic()
-    os.kill(victims[0] or 0, signal.SIGKILL)
-    with pytest.raises(WorkerError, match="was killed by signal 9"):
+    os.kill(readers[f"reader-{victim}"] or 0, signal.SIGKILL)
+    with pytest.raises(WorkerError, match=rf"reader-{victim} \(pid \d+\) was killed by signal 9"):
         next(batches)
     made.close()
     assert time.monotonic() - begun < 30
     assert multiprocessing.active_children() == []
-    assert not any(Path(f"/proc/{pid}").exists() for pid in victims)
+    assert not any(Path(f"/proc/{pid}").exists() for pid in readers.values())
 
 
 def test_a_lane_starts_inside_a_shard(folder: Path, server: Shelf, tmp_path: Path) -> None:

@@ -297,8 +297,11 @@ def _open_kept(
         def make(at: Path) -> None:
             _make_index(folder, items, at, named)
             if data.keep_index == "beside":
-                for file in sorted(at.iterdir(), key=lambda file: file.name == INFO):  # the index last
-                    folder.write(file.name, file.read_bytes())
+                for sidecar in at.glob("_offsets-*.bin"):
+                    folder.write(sidecar.name, sidecar.read_bytes())
+                made = json.loads((at / INFO).read_bytes())
+                del made["tags"]  # of this place: the set may be copied, its index with it
+                folder.write(INFO, json.dumps(made, indent=1).encode())
 
     at = _kept(keep, [folder.address, facts], make)
     content = _parsed((at / INFO).read_bytes(), str(at / INFO))
