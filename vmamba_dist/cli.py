@@ -51,7 +51,7 @@ VERBS = {
     ),
     "shards": Verb(
         "vmamba_dist.data.command:main",
-        "pack | verify | show …",
+        "pack | fractal | verify | show …",
         "make and check WebDataset shards",
         own_help=True,
     ),

@@ -12,7 +12,10 @@ from __future__ import annotations
 
 import io
 import struct
+import warnings
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -36,7 +39,6 @@ _PILLOW_ERRORS = (
     struct.error,
     zlib.error,
     Image.DecompressionBombError,
-    Image.DecompressionBombWarning,
 )
 
 
@@ -44,21 +46,43 @@ class DecodeError(ValueError):
     """The bytes are not an image that can be used."""
 
 
+def check_header(data: bytes) -> tuple[str, int, int]:
+    """Read what a file's header says: (format, width, height). Raises DecodeError where decode() is sure to."""
+    with _readable(), Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        _check_size(image)
+        return str(image.format), image.width, image.height
+
+
 def decode(data: bytes) -> Image.Image:
     """Decode a JPEG, PNG or WebP to RGB. Raises DecodeError."""
-    try:
+    with _readable():
         image = Image.open(io.BytesIO(data), formats=FORMATS)
-        if image.width * image.height > MAX_PIXELS:
-            raise DecodeError(f"{image.width}×{image.height} px is more than {MAX_PIXELS} px")
+        _check_size(image)
         image.load()
         ImageOps.exif_transpose(image, in_place=True)
         return _to_rgb(image)
+
+
+@contextmanager
+def _readable() -> Iterator[None]:
+    """Turn whatever a damaged file ends in inside Pillow into DecodeError.
+
+    Pillow's warnings, of EXIF that it passes over for example, say nothing: the image is as good without.
+    """
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            yield
     except DecodeError:
         raise
     except UnidentifiedImageError as error:
         raise DecodeError("undecodable image: no JPEG, PNG or WebP") from error
-    except _PILLOW_ERRORS as error:  # a damaged file ends in any of these inside Pillow
+    except _PILLOW_ERRORS as error:
         raise DecodeError(f"undecodable image: {type(error).__name__}: {stable(error)}") from error
+
+
+def _check_size(image: Image.Image) -> None:
+    if image.width * image.height > MAX_PIXELS:
+        raise DecodeError(f"{image.width}×{image.height} px is more than {MAX_PIXELS} px")
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -27,8 +27,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vmamba_dist.config.schema import ConfigError
+from vmamba_dist.data.index import Index, Shard
 from vmamba_dist.data.order import EpochOrder, Run, check_lanes
-from vmamba_dist.data.shards import Index, Shard
 from vmamba_dist.data.sources import Source
 
 log = logging.getLogger(__name__)

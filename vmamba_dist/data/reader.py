@@ -24,9 +24,9 @@ from vmamba_dist.config.schema import UserError
 from vmamba_dist.data.augment import borrowed_generator, sample_seeds
 from vmamba_dist.data.batch import BadSample
 from vmamba_dist.data.decode import DecodeError, decode
+from vmamba_dist.data.index import Index, read_samples
 from vmamba_dist.data.mixture import Mixture
 from vmamba_dist.data.order import Order, Run
-from vmamba_dist.data.shards import Index, read_samples
 from vmamba_dist.data.sources import Fault, Raw, Source, parse_label
 
 Transform = Callable[[Image.Image], Tensor]

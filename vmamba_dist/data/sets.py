@@ -31,16 +31,18 @@ from braceexpand import braceexpand
 from vmamba_dist.config.addresses import redact
 from vmamba_dist.config.schema import ConfigError, DataConfig
 from vmamba_dist.data.cache import Cache, CachedSource, Entry
-from vmamba_dist.data.remote import CONCURRENCY, Fetcher, Item, Patience, RemoteSource, Store, Web
-from vmamba_dist.data.shards import (
+from vmamba_dist.data.index import (
     INFO,
+    PACKING,
     Index,
     Listed,
     Offsets,
     Shard,
     read_index,
     read_split,
+    write_whole,
 )
+from vmamba_dist.data.remote import CONCURRENCY, Fetcher, Item, Patience, RemoteSource, Store, Web
 from vmamba_dist.data.sources import LocalSource, Source, local_path
 from vmamba_dist.data.tarscan import Contents, RangeFile, scan_shard
 
@@ -116,7 +118,7 @@ class LocalFolder:
 
     def write(self, name: str, content: bytes) -> None:
         try:
-            _write_whole(self.root / name, content)
+            write_whole(self.root / name, content)
         except OSError as error:
             raise ConfigError(
                 f"data.keep_index=beside: {self.address} cannot be written ({error.strerror}); use run"
@@ -357,12 +359,12 @@ def _list(folder: Folder, names: list[str] | None, named: str) -> list[Item]:
 def _fetch_index(folder: Folder, info: Item, split: str, at: Path, named: str) -> None:
     """Copy a set's index to `at`, with one split's offsets, which are made where the set has none."""
     content = folder.load(info)
-    _write_whole(at / INFO, content)
+    write_whole(at / INFO, content)
     listed = read_split(_parsed(content, info.address), split, named=named, file=redact(info.address))
     sidecar = at / f"_offsets-{listed.split}.bin"
     found = folder.look(sidecar.name)
     if found is not None:
-        _write_whole(sidecar, folder.load(found))
+        write_whole(sidecar, folder.load(found))
         offsets = Offsets.read(sidecar, listed.fingerprint())
         if offsets is not None and offsets.lengths.tolist() == [s.num_samples for s in listed.shards]:
             return
@@ -413,7 +415,7 @@ def _make_index(folder: Folder, items: Sequence[Item], at: Path, named: str) -> 
         "splits": splits,
         "tags": {folder.name_of(item): item.tag for item in items if item.tag},
     }
-    _write_whole(at / INFO, json.dumps(info, indent=1).encode())
+    write_whole(at / INFO, json.dumps(info, indent=1).encode())
 
 
 def split_of(name: str) -> str:
@@ -466,7 +468,7 @@ def _kept(keep: Path, key: object, make: Callable[[Path], None]) -> Path:
 
 def _is_bare(folder: LocalFolder) -> bool:
     """Tell whether a folder has tars, and neither an index nor a pack that was interrupted."""
-    if (folder.root / INFO).exists() or (folder.root / "_packing").exists():
+    if (folder.root / INFO).exists() or (folder.root / PACKING).exists():
         return False
     return any(folder.root.glob("*.tar"))
 
@@ -480,18 +482,6 @@ def _parsed(content: bytes, address: str) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{redact(address)} is not a set's index: {error!r}; pack the set again") from error
     return info  # type: ignore[no-any-return]
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with beside.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.rename(path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -14,12 +14,10 @@ import hashlib
 import io
 import json
 import logging
-import lzma
 import os
 import re
 import tarfile
 import time
-import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -27,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Protocol
 
-from webdataset.tariterators import base_plus_ext, group_by_keys, tar_file_iterator
+from webdataset.tariterators import base_plus_ext, group_by_keys
 
 from vmamba_dist.config.addresses import redact
 from vmamba_dist.config.schema import ConfigError, UserError
@@ -37,7 +35,13 @@ log = logging.getLogger(__name__)
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 PICKLED = frozenset({"pkl", "pickle", "pyd", "pth", "pt", "joblib", "dill"})
 BLOCK = 512  # bytes: tar headers and contents start at multiples of it
-_TAR_ERRORS = (tarfile.TarError, ValueError, OverflowError, EOFError, OSError, zlib.error, lzma.LZMAError)
+# What tarfile ends in over a damaged or hostile tar; in memory an OSError is one of them, from a disk it is none.
+_DAMAGE = (
+    *(tarfile.TarError, ValueError, OverflowError, EOFError, IndexError, KeyError, TypeError),
+    *(RecursionError, MemoryError),
+)
+_TAR_ERRORS = (*_DAMAGE, OSError)
+_READ_AT_ONCE = 64 << 20  # an absurd offset costs no more memory than the file has bytes
 _SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]*):(?!\\)")
 
 # A network file system that fails over or remounts mostly answers again within two seconds; longer is for the
@@ -149,7 +153,7 @@ class LocalSource:
         if self._sizes is not None:
             self._check(shard, file, self._sizes[shard])
         parts = []
-        while start < end and (part := os.pread(file, end - start, start)):
+        while start < end and (part := os.pread(file, min(end - start, _READ_AT_ONCE), start)):
             parts.append(part)
             start += len(part)
         return parts[0] if len(parts) == 1 else b"".join(parts)
@@ -194,7 +198,7 @@ def _sha256_of(file: int, size: int) -> str:
 def samples(data: bytes, bounds: Sequence[int]) -> list[Raw | Fault]:
     """Read the len(bounds) - 1 samples whose members fill data[bounds[i]:bounds[i+1]].
 
-    Through WebDataset's reader, in one pass; where that finds anything odd, sample by sample, so that a
+    Grouped as WebDataset groups them, in one pass; where that finds anything odd, sample by sample, so that a
     damaged sample does not take its neighbours along.
     """
     count = len(bounds) - 1
@@ -226,8 +230,29 @@ def stable(error: BaseException) -> str:
 
 
 def _groups(data: bytes) -> Iterator[dict[str, Any]]:
-    members = ({**member, "__url__": ""} for member in tar_file_iterator(io.BytesIO(data)))
-    return group_by_keys(members)  # type: ignore[no-any-return]
+    return group_by_keys(_members(data))  # type: ignore[no-any-return]
+
+
+def _members(data: bytes) -> Iterator[dict[str, Any]]:
+    """Yield the files of a tar in memory. Plain tar alone: a compressed one may unpack to any size."""
+    with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
+        while (member := _next(tar)) is not None:
+            end = member.offset_data + member.size
+            if end > len(data):
+                raise tarfile.ReadError("unexpected end of data")
+            if member.isreg() and not _is_meta(member.name):
+                yield {"fname": member.name, "data": data[member.offset_data : end], "__url__": ""}
+
+
+def _next(tar: tarfile.TarFile) -> tarfile.TarInfo | None:
+    """Return the next member. Raises ReadError for one that would turn the reader back, or that unpacks to any size."""
+    member = tar.next()
+    if member is not None and (member.size < 0 or member.offset_data < member.offset):
+        raise tarfile.ReadError(f"a member of {member.size} bytes")
+    if member is not None and member.issparse():
+        raise tarfile.ReadError("a sparse member")
+    tar.members = []  # type: ignore[attr-defined]  # keeps memory flat over a large tar
+    return member
 
 
 def _sample(members: dict[str, Any]) -> Raw | Fault:
@@ -253,12 +278,12 @@ def parse_label(sample: Raw, num_classes: int) -> int | Fault:
         else:
             content = json.loads(sample.label)
             label = content.get("label") if isinstance(content, dict) else content
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        if not isinstance(label, int) or isinstance(label, bool):
+            return Fault(f"label {str(label)[:40]!r} is not an integer", sample.key)
+    except (ValueError, RecursionError) as error:  # not text, not JSON, or a number of thousands of digits
         return Fault(f"unreadable label: {error}", sample.key)
-    if not isinstance(label, int) or isinstance(label, bool):
-        return Fault(f"label {str(label)[:40]!r} is not an integer", sample.key)
     if not 0 <= label < num_classes:
-        return Fault(f"label {label} is outside 0 … {num_classes - 1}", sample.key)
+        return Fault(f"label {str(label)[:40]} is outside 0 … {num_classes - 1}", sample.key)
     return label
 
 
@@ -283,10 +308,11 @@ def scan_tar(
     """Find the samples of an open tar of `size` bytes; `visit` is shown each member, and may read it."""
     bounds: list[int] = []
     keys: list[str] = []
+    most = -(-size // BLOCK) * BLOCK  # where a member ends that says it is longer
     end = 0
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
-            while end <= size and (member := tar.next()) is not None:
+            while end <= size and (member := _next(tar)) is not None:
                 if visit is not None:
                     visit(tar, member)
                 end = member.offset_data + -(-member.size // BLOCK) * BLOCK
@@ -294,9 +320,10 @@ def scan_tar(
                 if member.isreg() and key is not None and not _is_meta(member.name) and [key] != keys[-1:]:
                     bounds.append(member.offset)
                     keys.append(key)
-                tar.members = []  # type: ignore[attr-defined]  # keeps memory flat over a large tar
-    except (tarfile.TarError, ValueError, OverflowError):
-        return Scan([*bounds, end], keys, whole=False)
+    except _DAMAGE:
+        return Scan([*bounds, min(end, most)], keys, whole=False)
+    if end > most:
+        return Scan([*bounds, most], keys, whole=False)
     file.seek(end)
     return Scan([*bounds, end], keys, whole=file.read(BLOCK) == bytes(BLOCK))
 

@@ -25,9 +25,9 @@ from vmamba_dist.config.schema import AugmentConfig, ConfigError, DataConfig, Ev
 from vmamba_dist.data import order
 from vmamba_dist.data.augment import EvalTransform, TrainTransform
 from vmamba_dist.data.batch import BadSample, Batch
+from vmamba_dist.data.index import Index
 from vmamba_dist.data.mixture import Mixture
 from vmamba_dist.data.reader import LaneReader, Rows, read_in_file_order
-from vmamba_dist.data.shards import Index
 from vmamba_dist.data.sources import Source
 from vmamba_dist.data.workers import Room, Workers
 

@@ -67,9 +67,15 @@ class Workers(Generic[Order, Rest]):
     """
 
     def __init__(
-        self, produce: Produce[Order, Rest], count: int, prefetch: int, shape: Sequence[int]
+        self,
+        produce: Produce[Order, Rest],
+        count: int,
+        prefetch: int,
+        shape: Sequence[int],
+        patience_s: float = PATIENCE_S,
     ) -> None:
         self._pid = os.getpid()
+        self._patience_s = patience_s
         slots = prefetch + 1
         memory = mmap.mmap(-1, max(1, count * slots * math.prod(shape)))
         self._memory = torch.frombuffer(memory, dtype=torch.uint8).view(-1)
@@ -143,10 +149,10 @@ class Workers(Generic[Order, Rest]):
                 end.send(True)  # the slot of the item before is free
             while True:
                 # Any of them: one may die while another, whose turn it is, waits for its source.
-                ready = wait([end, *(each.sentinel for each in self._processes)], timeout=PATIENCE_S)
+                ready = wait([end, *(each.sentinel for each in self._processes)], timeout=self._patience_s)
                 if not ready:
                     name = f"{process.name} (pid {process.pid})"
-                    raise WorkerError(f"{name} has yielded nothing for {PATIENCE_S} s")
+                    raise WorkerError(f"{name} has yielded nothing for {self._patience_s:g} s")
                 if end not in ready and not end.poll():
                     process = next(each for each in self._processes if each.sentinel in ready)
                     break

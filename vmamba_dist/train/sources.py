@@ -10,10 +10,10 @@ from pathlib import Path
 
 from vmamba_dist.config.schema import Config, ConfigError
 from vmamba_dist.core.dist import pick_device
+from vmamba_dist.data.index import Index
 from vmamba_dist.data.mixture import Mixture
 from vmamba_dist.data.order import check_batch, choose_accumulate
 from vmamba_dist.data.sets import open_set
-from vmamba_dist.data.shards import Index
 from vmamba_dist.models.variants import get_variant
 from vmamba_kernels.backend import BackendError, resolve_backend
 

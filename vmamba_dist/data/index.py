@@ -1,0 +1,421 @@
+"""What a set of shards holds and where: its index, read and checked against its tars.
+
+Law: a folder is a set when it has an `_info.json`, which is written last and whole. What an index says is
+believed only as far as the tars bear it out: names outside the folder, counts that no tar of that size can
+hold, and labels beyond its classes are refused by name.
+
+A set is
+    NAME-SPLIT-000000.tar …   members `key.jpg|png|webp` and `key.cls` (or `key.json` with an integer `label`)
+    _info.json                timm's form: splits → {name, filenames, shard_lengths, num_samples}, with `bytes` and
+                              `sha256`, one a shard; num_classes and classes beside `splits`
+    sizes.json                open_clip's form: file name → number of samples
+    _offsets-SPLIT.bin        where each sample starts (see Offsets); rebuilt in memory where it is missing
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import tarfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vmamba_dist.config.schema import ConfigError
+from vmamba_dist.data import sources
+from vmamba_dist.data.order import EpochOrder, check_lanes
+from vmamba_dist.data.sources import BLOCK, Fault, LocalSource, local_path
+
+log = logging.getLogger(__name__)
+
+INFO = "_info.json"
+SIZES = "sizes.json"
+PACKING = "_packing"  # there while a set is being written, or was when its writer was killed
+MAX_CLASSES = 1_000_000  # a label beyond is a mistake, not a class
+EVAL_SPLITS = ("val", "validation", "test")
+_MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One tar as the index has it; num_bytes and sha256 are None and "" in an index that lacks them."""
+
+    filename: str
+    num_samples: int
+    num_bytes: int | None
+    sha256: str
+
+
+class Bounds(Protocol):
+    """Where samples start and end."""
+
+    def bounds(self, shard: int, first: int, count: int) -> list[int]:
+        """Return the starts of `count` samples and the end of the last, in bytes."""
+
+
+class Offsets:
+    """Where each sample of a set starts and ends, in bytes.
+
+    The file `_offsets-SPLIT.bin`, little-endian: 8 bytes `VMOFFS01`; 32 bytes fingerprint of the index it
+    belongs to; u64 number of shards S; u64 number of samples N; u32 × S samples a shard; then u32 × (N + S):
+    for each shard the starts of its samples and the end of its last one, in units of 512 bytes (tar's
+    alignment; a shard may have 2 TiB). MISSING is the start of a sample that a damaged shard no longer has.
+    """
+
+    MAGIC = b"VMOFFS01"
+    MISSING = 2**32 - 1
+
+    def __init__(self, lengths: NDArray[np.uint32], blocks: NDArray[np.uint32]) -> None:
+        self._lengths = lengths
+        self._blocks = blocks
+        self._first = np.concatenate([[0], np.cumsum(lengths.astype(np.int64) + 1)])
+        self._patches: dict[int, NDArray[np.uint32]] = {}
+
+    @classmethod
+    def of(cls, bounds: Sequence[Sequence[int]]) -> Offsets:
+        """Build from each shard's bounds in bytes."""
+        lengths = np.array([len(b) - 1 for b in bounds], dtype="<u4")
+        flat = [np.asarray(b, dtype=np.int64) // BLOCK for b in bounds]
+        return cls(lengths, (np.concatenate(flat) if flat else np.empty(0)).astype("<u4"))
+
+    @property
+    def lengths(self) -> NDArray[np.uint32]:
+        return self._lengths
+
+    def of_shard(self, shard: int) -> NDArray[np.uint32]:
+        patch = self._patches.get(shard)
+        return self._blocks[self._first[shard] : self._first[shard + 1]] if patch is None else patch
+
+    def patch(self, shard: int, bounds: Sequence[int], num_samples: int) -> None:
+        """Replace a damaged shard's bounds by those found in it; samples beyond them are MISSING."""
+        blocks = np.full(num_samples + 1, self.MISSING, dtype="<u4")
+        blocks[: len(bounds)] = np.asarray(bounds, dtype=np.int64) // BLOCK
+        self._patches[shard] = blocks
+
+    def bounds(self, shard: int, first: int, count: int) -> list[int]:
+        """Return the starts of `count` samples and the end of the last, in bytes."""
+        return (self.of_shard(shard)[first : first + count + 1].astype(np.int64) * BLOCK).tolist()  # type: ignore[no-any-return]
+
+    def write(self, path: Path, fingerprint: str) -> None:
+        header = self.MAGIC + bytes.fromhex(fingerprint)
+        counts = np.array([len(self._lengths), self._lengths.sum()], dtype="<u8").tobytes()
+        write_whole(path, header + counts + self._lengths.tobytes() + self._blocks.tobytes())
+
+    @classmethod
+    def read(cls, path: Path, fingerprint: str) -> Offsets | None:
+        """Map the file; None where there is none that belongs to this index."""
+        if not path.is_file() or path.stat().st_size < 56:
+            return None
+        words = np.memmap(path, dtype="<u4", mode="r", shape=(path.stat().st_size // 4,))
+        if words[:10].tobytes() != cls.MAGIC + bytes.fromhex(fingerprint):
+            return None
+        num_shards, num_samples = (int(n) for n in np.frombuffer(words[10:14].tobytes(), dtype="<u8"))
+        if len(words) != 14 + 2 * num_shards + num_samples:
+            return None
+        return cls(words[14 : 14 + num_shards], words[14 + num_shards :])
+
+
+@dataclass(frozen=True)
+class Index:
+    """One split of a set, checked against its tars."""
+
+    root: Path
+    name: str
+    split: str
+    shards: tuple[Shard, ...]
+    num_classes: int
+    class_names: tuple[str, ...]
+    offsets: Offsets = field(repr=False, compare=False)
+    warnings: tuple[str, ...] = ()  # damage found at the start: those samples will count as bad
+    sizes: tuple[int, ...] = field(default=(), repr=False, compare=False)  # of the files, found at the start
+    address: str = ""  # where the set lies, where that is not `root`: that has its kept index
+    opener: Callable[[], sources.Source] | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def num_samples(self) -> int:
+        return sum(shard.num_samples for shard in self.shards)
+
+    @property
+    def lengths(self) -> list[int]:
+        return [shard.num_samples for shard in self.shards]
+
+    @property
+    def mean_bytes(self) -> float:
+        """Mean bytes a sample, tar headers included."""
+        return sum(shard.num_bytes or 0 for shard in self.shards) / max(1, self.num_samples)
+
+    def fingerprint(self) -> str:
+        """Hash what the shards hold, in order: their content and not their place. Hex, 64 digits."""
+        return fingerprint_of(self.shards)
+
+    @property
+    def place(self) -> str:
+        """Where the set lies, to be told."""
+        return self.address or str(self.root)
+
+    def source(self) -> sources.Source:
+        """Return a reader of the shards' bytes, for one process."""
+        return self.opener() if self.opener is not None else self.local_source()
+
+    def local_source(self) -> LocalSource:
+        return LocalSource(
+            [self.root / shard.filename for shard in self.shards],
+            sizes=self.sizes or None,
+            sha256=[shard.sha256 for shard in self.shards],
+        )
+
+    def order(self, seed: int, epoch: int, lanes: int, block: int) -> EpochOrder:
+        """Return the order of an epoch."""
+        return EpochOrder(seed, epoch, self.lengths, lanes, block)
+
+    def check_lanes(self, lanes: int) -> None:
+        """Refuse lanes that the set cannot fill. Raises ConfigError."""
+        check_lanes(self.num_samples, lanes)
+
+
+def fingerprint_of(shards: Sequence[Shard]) -> str:
+    lines = (f"{s.num_samples} {s.sha256 or f'{s.filename} {s.num_bytes}'}\n" for s in shards)
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def read_index(folder: str | Path, split: str = "train", *, key: str = "data.train") -> Index:
+    """Read one split of a set and check it against its tars. `key` is the config key that named the folder.
+
+    split="auto" is the first of val, validation and test that the set has. A tar shorter than its index says
+    is warned of: its lost samples count as bad. Raises ConfigError for what no run could be right about: no
+    set, an unknown split, a missing tar, one longer than its index says, another number of samples.
+    """
+    root = local_path(str(folder))
+    info = read_info(root, key)
+    listed = read_split(info, split, named=f"{key}={str(folder)!r}", file=str(root / INFO))
+    filenames = [shard.filename for shard in listed.shards]
+    missing = [name for name in filenames if not (root / name).is_file()]
+    if missing:
+        raise ConfigError(
+            f"{key}={str(folder)!r}: {len(missing)} of the {len(filenames)} shards of split {listed.split!r} are "
+            f"missing, first {missing[0]}; copy them, or pack the set again"
+        )
+    sizes = tuple((root / name).stat().st_size for name in filenames)
+    shards = tuple(
+        Shard(s.filename, s.num_samples, size if s.num_bytes is None else s.num_bytes, s.sha256)
+        for s, size in zip(listed.shards, sizes, strict=True)
+    )
+    for shard, size, told in zip(shards, sizes, listed.shards, strict=True):
+        # Where no size was recorded the tar may have been cut since: then only what memory would not hold.
+        most = told.num_bytes if told.num_bytes is not None else max(size, 1 << 32)
+        if shard.num_samples * 2 * BLOCK > most:
+            raise ConfigError(
+                f"{root / shard.filename} has {most} bytes, too few for the {shard.num_samples} samples that {INFO} "
+                "tells; pack the set again"
+            )
+    offsets, warnings = _check_tars(root, listed.split, shards)
+    for warning in warnings:
+        log.warning("%s", warning)
+    if isinstance(clustered := info.get("clustered"), list) and listed.split in clustered:
+        log.warning(
+            "%s: neighbours in split %s have the same label far more often than by chance, and a run mixes only near "
+            "samples: pack again with shuffling",
+            *(root, listed.split),
+        )
+    name = listed.name or root.name
+    return Index(
+        *(root, name, listed.split, shards, listed.num_classes, listed.class_names, offsets, warnings, sizes)
+    )
+
+
+@dataclass(frozen=True)
+class Listed:
+    """One split as an `_info.json` lists it."""
+
+    name: str
+    split: str
+    shards: tuple[Shard, ...]
+    num_classes: int
+    class_names: tuple[str, ...]
+
+    def fingerprint(self) -> str:
+        """Hash what the shards hold, as Index does."""
+        return fingerprint_of(self.shards)
+
+
+def read_split(info: Mapping[str, Any], split: str, *, named: str, file: str) -> Listed:
+    """Read a split of an index's content. `named` is the config's key and value, `file` the index's address.
+
+    Raises ConfigError for an unknown split, and for what is not in timm's form.
+    """
+    splits = info["splits"]
+    if split == "auto":
+        split = next((name for name in EVAL_SPLITS if name in splits), "")
+        if not split:
+            raise ConfigError(
+                f"{named} has the splits {', '.join(splits)}, and none of {', '.join(EVAL_SPLITS)}; "
+                "name one with eval.split"
+            )
+    if split not in splits:
+        raise ConfigError(f"{named} has no split {split!r}; it has {', '.join(splits)}")
+    entry = splits[split]
+    try:
+        filenames, lengths = list(entry["filenames"]), [int(n) for n in entry["shard_lengths"]]
+        beside = [entry.get("bytes", filenames), entry.get("sha256", filenames)]
+        if {len(filenames)} != {len(lengths), *map(len, beside)}:
+            raise ConfigError(f"{file}: split {split!r} lists {len(filenames)} files, {len(lengths)} lengths")
+        if sum(lengths) != int(entry["num_samples"]) or min(lengths, default=0) < 0:
+            raise ConfigError(
+                f"{file}: split {split!r} says {entry['num_samples']} samples, its shard_lengths sum to "
+                f"{sum(lengths)}; pack the set again"
+            )
+        classes = tuple(str(c) for c in info.get("classes", ()))
+        num_classes = int(info.get("num_classes", len(classes)))
+        recorded = [int(n) for n in entry.get("bytes", [])]
+        hashes = [str(h) for h in entry.get("sha256", [""] * len(filenames))]
+    except (KeyError, TypeError, ValueError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"{file}: split {split!r} is not in timm's form: {error!r}") from error
+    if not all(isinstance(name, str) and inside(name) for name in filenames):
+        raise ConfigError(f"{file}: split {split!r} names files outside its folder")
+    if num_classes > MAX_CLASSES:
+        raise ConfigError(
+            f"{file}: num_classes is {num_classes}, more than {MAX_CLASSES}; pack the set again"
+        )
+    if num_classes < 1:
+        raise ConfigError(
+            f'{file} does not say how many classes there are; add "num_classes": K beside "splits", for '
+            "labels 0 … K - 1"
+        )
+    known: list[int | None] = [*recorded] or [None] * len(filenames)
+    shards = tuple(Shard(*fields) for fields in zip(filenames, lengths, known, hashes, strict=True))
+    return Listed(str(info.get("name", "")), split, shards, num_classes, classes)
+
+
+def inside(name: str) -> bool:
+    """Tell whether a file name from an index stays in the set's folder."""
+    return (
+        name not in ("", ".")
+        and not Path(name).is_absolute()
+        and ".." not in Path(name).parts
+        and "\0" not in name
+    )
+
+
+def read_info(root: Path, key: str) -> dict[str, Any]:
+    if not (root / INFO).is_file():
+        why = "a pack was interrupted there; pack again" if (root / PACKING).exists() else "no set of shards"
+        raise ConfigError(f"{key}={str(root)!r} has no {INFO} ({why}); make one with: vmamba shards pack")
+    try:
+        info = json.loads((root / INFO).read_text())
+        if not isinstance(info["splits"], dict):
+            raise TypeError("splits is not an object")
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise ConfigError(f"{root / INFO} is not a set's index: {error!r}; pack the set again") from error
+    return info  # type: ignore[no-any-return]
+
+
+def _check_tars(root: Path, split: str, shards: Sequence[Shard]) -> tuple[Offsets, tuple[str, ...]]:
+    """Return where the samples are, and warnings. A few small reads a shard where the sidecar is there."""
+    offsets = Offsets.read(root / f"_offsets-{split}.bin", fingerprint_of(shards))
+    if offsets is not None and offsets.lengths.tolist() != [s.num_samples for s in shards]:
+        offsets = None
+    rebuild = offsets is None
+    if offsets is None:
+        log.info("%s has no offsets for split %s: reading the headers of %d tars", root, split, len(shards))
+        offsets = Offsets.of([[0] * (shard.num_samples + 1) for shard in shards])
+    warnings = []
+    for i, shard in enumerate(shards):
+        path = root / shard.filename
+        size = path.stat().st_size
+        if shard.num_bytes is not None and size > shard.num_bytes:
+            raise ConfigError(
+                f"{path} has {size} bytes, its index says {shard.num_bytes}: they are not of one set; pack again"
+            )
+        if not rebuild and size == shard.num_bytes and _looks_whole(path, offsets, i):
+            continue
+        found = sources.scan(path)
+        num_found = len(found.keys)
+        if num_found > shard.num_samples or (found.whole and num_found != shard.num_samples):
+            raise ConfigError(
+                f"{path} holds {num_found} samples, its index says {shard.num_samples}: they are not of one set; "
+                "pack again"
+            )
+        offsets.patch(i, found.bounds, shard.num_samples)
+        if not found.whole or size != shard.num_bytes:
+            warnings.append(
+                f"DAMAGED SHARD {path}: {size} bytes of {shard.num_bytes}, {num_found} samples of "
+                f"{shard.num_samples}; what is lost counts as bad samples"
+            )
+    return offsets, tuple(warnings)
+
+
+def _looks_whole(path: Path, offsets: Offsets, shard: int) -> bool:
+    """Tell whether the members of the last sample lie, and the tar ends, exactly where the offsets say."""
+    num_samples = int(offsets.lengths[shard])
+    if num_samples == 0:
+        return True
+    at, end = offsets.bounds(shard, num_samples - 1, 1)
+    with path.open("rb", buffering=0) as file:
+        while at < end:
+            file.seek(at)
+            try:
+                member = tarfile.TarInfo.frombuf(file.read(BLOCK), "utf-8", "surrogateescape")
+            except (tarfile.TarError, ValueError):
+                return False
+            if member.size < 0:
+                return False
+            at += BLOCK - -member.size // BLOCK * BLOCK
+        file.seek(end)
+        return at == end and file.read(BLOCK) == bytes(BLOCK)
+
+
+def read_samples(
+    source: sources.Source, offsets: Bounds, shard: int, first: int, count: int
+) -> list[sources.Raw | Fault]:
+    """Read `count` samples of a shard that lie behind one another, with one read."""
+    bounds = offsets.bounds(shard, first, count)
+    lost = Offsets.MISSING * BLOCK
+    have = next((i for i, bound in enumerate(bounds) if bound == lost), count + 1) - 1
+    found: list[sources.Raw | Fault] = []
+    if have > 0:
+        relative = [bound - bounds[0] for bound in bounds[: have + 1]]
+        found = sources.samples(source.read(shard, bounds[0], bounds[have]), relative)
+    return found + [Fault("its shard ends before it")] * (count - len(found))
+
+
+def read_all(
+    source: sources.Source, offsets: Offsets, shard: int, count: int
+) -> Iterator[sources.Raw | Fault]:
+    for first in range(0, count, 64):
+        yield from read_samples(source, offsets, shard, first, min(64, count - first))
+
+
+def describe(folder: str | Path) -> str:
+    """Summarise a set as its index has it. Raises ConfigError where there is none."""
+    root = local_path(str(folder))
+    info = read_info(root, "folder")
+    lines = [f"{info.get('name', root.name)}: {info.get('num_classes', '?')} classes, in {root}"]
+    for split in info["splits"]:
+        index = read_index(root, split, key="folder")
+        total = sum(shard.num_bytes or 0 for shard in index.shards)
+        lengths = index.lengths
+        lines.append(
+            f"  {split}: {index.num_samples} samples in {len(lengths)} shards of {min(lengths, default=0)} … "
+            f"{max(lengths, default=0)}, {total / _MIB:.1f} MiB, {index.mean_bytes / 1024:.1f} KiB a sample, "
+            f"content {index.fingerprint()[:12]}"
+        )
+        lines += [f"    {warning}" for warning in index.warnings]
+    return "\n".join(lines)
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file that is there whole, or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.rename(path)
