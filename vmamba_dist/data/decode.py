@@ -13,9 +13,11 @@ from __future__ import annotations
 import io
 import struct
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from vmamba_dist.data.sources import stable
 
@@ -44,21 +46,53 @@ class DecodeError(ValueError):
     """The bytes are not an image that can be used."""
 
 
-def decode(data: bytes) -> Image.Image:
-    """Decode a JPEG, PNG or WebP to RGB. Raises DecodeError."""
+@contextmanager
+def _told() -> Iterator[None]:
+    """Turn whatever ends a decoding into DecodeError."""
     try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
-        if image.width * image.height > MAX_PIXELS:
-            raise DecodeError(f"{image.width}×{image.height} px is more than {MAX_PIXELS} px")
-        image.load()
-        ImageOps.exif_transpose(image, in_place=True)
-        return _to_rgb(image)
+        yield
     except DecodeError:
         raise
     except UnidentifiedImageError as error:
         raise DecodeError("undecodable image: no JPEG, PNG or WebP") from error
     except _PILLOW_ERRORS as error:  # a damaged file ends in any of these inside Pillow
         raise DecodeError(f"undecodable image: {type(error).__name__}: {stable(error)}") from error
+
+
+def decode(data: bytes) -> Image.Image:
+    """Decode a JPEG, PNG or WebP to RGB. Raises DecodeError."""
+    return load(look(data))
+
+
+@_told()
+def look(data: bytes) -> Image.Image:
+    """Read an image's header and leave its pixels. Raises DecodeError, for too many pixels too."""
+    image = Image.open(io.BytesIO(data), formats=FORMATS)
+    if image.width * image.height > MAX_PIXELS:
+        raise DecodeError(f"{image.width}×{image.height} px is more than {MAX_PIXELS} px")
+    return image
+
+
+@_told()
+def load(image: Image.Image) -> Image.Image:
+    """Read the pixels of what look() returned, upright and RGB. Raises DecodeError."""
+    image.load()
+    ImageOps.exif_transpose(image, in_place=True)
+    return _to_rgb(image)
+
+
+@_told()
+def orientation(image: Image.Image) -> int:
+    """Return EXIF's orientation, 1 … 8; 1 is upright, and what stands for none. Raises DecodeError."""
+    if not ("exif" in image.info or "xmp" in image.info):
+        return 1
+    value = image.getexif().get(ExifTags.Base.Orientation, 1)
+    return value if value in range(1, 9) else 1
+
+
+def is_plain_jpeg(image: Image.Image) -> bool:
+    """Tell whether every JPEG decoder makes the same of it: greyscale, or colour stored as YCbCr, 8 bits."""
+    return image.format == "JPEG" and image.mode in ("L", "RGB") and image.info.get("adobe_transform") != 0
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -10,22 +10,20 @@ A reader holds, for each lane it reads, the undecoded bytes of one block.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from PIL import Image
 from torch import Tensor
 
 from vmamba_dist.config.schema import UserError
-from vmamba_dist.data.augment import borrowed_generator, sample_seeds
-from vmamba_dist.data.batch import BadSample
-from vmamba_dist.data.decode import DecodeError, decode
+from vmamba_dist.data.batch import BadSample, Encoded
+from vmamba_dist.data.decode import DecodeError
+from vmamba_dist.data.draws import sample_seeds
 from vmamba_dist.data.order import EpochOrder
+from vmamba_dist.data.prepare import Prepare
 from vmamba_dist.data.shards import Index, read_samples
 from vmamba_dist.data.sources import Fault, Raw, parse_label
-
-Transform = Callable[[Image.Image], Tensor]
 
 
 @dataclass
@@ -35,6 +33,7 @@ class Rows:
     labels: list[int]
     keys: list[str]
     bad: list[BadSample] = field(default_factory=list)
+    encoded: dict[int, Encoded] = field(default_factory=dict)  # rows left to the device, not in that memory
 
 
 class DataError(UserError, RuntimeError):
@@ -50,7 +49,7 @@ class _Block:
 
 @dataclass(frozen=True)
 class _Good:
-    image: Image.Image
+    image: Tensor | Encoded
     label: int
     key: str
 
@@ -61,7 +60,7 @@ class LaneReader:
     def __init__(
         self,
         index: Index,
-        transform: Transform,
+        prepare: Prepare,
         *,
         seed: int,
         lanes: int,
@@ -70,7 +69,7 @@ class LaneReader:
     ) -> None:
         self._index = index
         self._lengths = np.asarray(index.lengths, dtype=np.int64)
-        self._transform = transform
+        self._prepare = prepare
         self._seed, self._lanes, self._block_size = seed, lanes, block
         self._known: dict[tuple[int, int], list[BadSample]] = {}
         for bad in known_bad:
@@ -82,22 +81,23 @@ class LaneReader:
         self._all_bad: set[tuple[int, int]] = set()  # (lane, block) of this epoch
 
     def read(self, epoch: int, positions: Sequence[int], images: Tensor) -> Rows:
-        """Read, decode and transform the samples at `positions` of `epoch` into `images`, (n, 3, S, S) uint8.
+        """Read and prepare the samples at `positions` of `epoch` into `images`, (n, 3, S, S) uint8, or Rows.encoded.
 
         Raises DataError where a whole lane has no good sample, SourceError where the source itself fails.
         """
         order = self._begin(epoch)
         rows = Rows([], [])
         seeds = sample_seeds(self._seed, epoch, positions)
-        with borrowed_generator() as random:
-            for i, position in enumerate(positions):
-                good, bad = self._at(order, position)
-                random.manual_seed(seeds[i])
-                images[i] = self._transform(good.image)
-                rows.labels.append(good.label)
-                rows.keys.append(good.key)
-                if bad is not None:
-                    rows.bad.append(bad)
+        for i, position in enumerate(positions):
+            good, bad = self._at(order, position, seeds[i])
+            if isinstance(good.image, Encoded):
+                rows.encoded[i] = good.image
+            else:
+                images[i] = good.image
+            rows.labels.append(good.label)
+            rows.keys.append(good.key)
+            if bad is not None:
+                rows.bad.append(bad)
         return rows
 
     def close(self) -> None:
@@ -111,21 +111,21 @@ class LaneReader:
             self._all_bad.clear()
         return self._order
 
-    def _at(self, order: EpochOrder, position: int) -> tuple[_Good, BadSample | None]:
+    def _at(self, order: EpochOrder, position: int, seed: int) -> tuple[_Good, BadSample | None]:
         lane, block, slot = order.place(position)
         known = self._known_at(order, position)
         if known is not None:
-            chosen = self._again(known)
+            chosen = self._again(known, seed)
             if chosen is not None:
                 return chosen, known
         held = self._blocks.get(lane)
         if held is None or held[0] != block:
             held = self._blocks[lane] = (block, self._load(order, lane, block))
         content = held[1]
-        good = self._good(content, slot)
+        good = self._good(content, slot, seed)
         if isinstance(good, _Good):
             return good, None
-        replacement, (shard, index) = self._replace(order, lane, block, slot, content)
+        replacement, (shard, index) = self._replace(order, lane, block, slot, content, seed)
         own_shard, own_index = content.places[content.slots[slot]]
         bad = BadSample(
             epoch=order.epoch,
@@ -161,16 +161,16 @@ class LaneReader:
             places += [(run.shard, run.first + i) for i in range(run.count)]
         return _Block(order.slots(lane, block), places, samples)
 
-    def _good(self, content: _Block, slot: int) -> _Good | Fault:
-        """Decode an element of a block, once: a fault is kept in the sample's place."""
+    def _good(self, content: _Block, slot: int, seed: int) -> _Good | Fault:
+        """Prepare an element of a block; a fault is found once, and kept in the sample's place."""
         at = content.slots[slot]
-        good = _decode(content.samples[at], self._index.num_classes)
+        good = _made(content.samples[at], self._index.num_classes, self._prepare, seed)
         if isinstance(good, Fault):
             content.samples[at] = good
         return good
 
     def _replace(
-        self, order: EpochOrder, lane: int, block: int, slot: int, content: _Block
+        self, order: EpochOrder, lane: int, block: int, slot: int, content: _Block, seed: int
     ) -> tuple[_Good, tuple[int, int]]:
         for other in (*range(block, -1, -1), *range(block + 1, order.num_blocks(lane))):
             if (lane, other) in self._all_bad:
@@ -180,7 +180,7 @@ class LaneReader:
             near = min(slot, len(content.slots) - 1)
             # In another block the element of the same slot comes first; in its own it is the bad one.
             for candidate in (*range(near, -1, -1), *range(near + 1, len(content.slots))):
-                good = self._good(content, candidate)
+                good = self._good(content, candidate, seed)
                 if isinstance(good, _Good):
                     return good, content.places[content.slots[candidate]]
             self._all_bad.add((lane, other))
@@ -189,30 +189,30 @@ class LaneReader:
             "check the set with: vmamba shards verify"
         )
 
-    def _again(self, known: BadSample) -> _Good | None:
+    def _again(self, known: BadSample, seed: int) -> _Good | None:
         """Re-use a choice of an earlier attempt; None where it no longer holds."""
         shard = self._shard_of.get(known.replacement_shard)
         if shard is None or not 0 <= known.replacement_index < self._lengths[shard]:
             return None
         sample = read_samples(self._source, self._index.offsets, shard, known.replacement_index, 1)[0]
-        good = _decode(sample, self._index.num_classes)
+        good = _made(sample, self._index.num_classes, self._prepare, seed)
         return good if isinstance(good, _Good) else None
 
 
-def _decode(sample: Raw | Fault, num_classes: int) -> _Good | Fault:
+def _made(sample: Raw | Fault, num_classes: int, prepare: Prepare, seed: int) -> _Good | Fault:
     if isinstance(sample, Fault):
         return sample
     label = parse_label(sample, num_classes)
     if isinstance(label, Fault):
         return label
     try:
-        return _Good(decode(sample.image), label, sample.key)
+        return _Good(prepare(sample.image, seed), label, sample.key)
     except DecodeError as error:
         return Fault(str(error), sample.key)
 
 
 def read_in_file_order(
-    index: Index, transform: Transform, first: int, count: int, images: Tensor
+    index: Index, prepare: Prepare, first: int, count: int, images: Tensor
 ) -> tuple[Rows, list[bool]]:
     """Read `count` samples from the set's `first`-th on, as they lie, into `images`; for evaluation.
 
@@ -223,13 +223,14 @@ def read_in_file_order(
     good_rows = [False] * len(images)
     images.zero_()
     for row, (shard, at, sample) in enumerate(_samples_from(index, first, count)):
-        good = _decode(sample, index.num_classes)
+        good = _made(sample, index.num_classes, prepare, seed=0)
         if isinstance(good, Fault):
             name = index.shards[shard].filename
             rows.keys[row] = good.key
             rows.bad.append(BadSample(0, first + row, name, at, good.key, good.reason))
             continue
-        images[row] = transform(good.image)
+        assert isinstance(good.image, Tensor), "evaluation decodes on the host"
+        images[row] = good.image
         rows.labels[row], rows.keys[row], good_rows[row] = good.label, good.key, True
     return rows, good_rows
 

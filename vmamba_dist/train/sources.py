@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from vmamba_dist.config.schema import Config, ConfigError, EvalConfig
 from vmamba_dist.core.dist import pick_device
+from vmamba_dist.data.ondevice import check_gpu_decoding
 from vmamba_dist.data.order import check_batch, choose_accumulate
 from vmamba_dist.data.shards import Index, read_index
 from vmamba_dist.models.variants import get_variant
@@ -28,6 +29,8 @@ class Sources:
 def open_sources(cfg: Config, world_size: int) -> Sources:
     """Read and check the indices. Raises ConfigError naming the key, the numbers and the fix."""
     check_model(cfg)
+    if cfg.data.decoder == "gpu":
+        check_gpu_decoding(pick_device(cfg.precision.device, local_rank=0))
     cfg.parallel.copies_and_shards(world_size)
     if not cfg.data.train:
         raise ConfigError("data.train is not set: give a folder of shards, as `vmamba shards pack` makes it")
