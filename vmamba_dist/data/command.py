@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from vmamba_dist.data import sidecar
 from vmamba_dist.data.shards import describe, pack, verify
 
 
@@ -42,7 +43,12 @@ def main(words: Sequence[str]) -> int:
         "verify": "read everything: sha256, counts, every image",
         "show": "what a set holds",
     }.items():
-        verbs.add_parser(name, help=text).add_argument("folder")
+        verb = verbs.add_parser(name, help=text)
+        verb.add_argument("folder")
+        if name == "verify":
+            verb.add_argument(
+                "--sidecar", action="store_true", help="write the index of a large set that needs no parsing"
+            )
     given = parser.parse_args(words)
     match given.verb:
         case "pack":
@@ -60,9 +66,12 @@ def main(words: Sequence[str]) -> int:
                     overwrite=given.overwrite,
                 )
             )
+            sidecar.write_all(given.out, at_least=sidecar.LARGE)
         case "verify":
             report = verify(given.folder, progress=_progress if sys.stderr.isatty() else None)
             print(report)
+            if report.ok and given.sidecar:
+                print(*(f"wrote {path}" for path in sidecar.write_all(given.folder)), sep="\n")
             return 0 if report.ok else 1
         case "show":
             print(describe(given.folder))

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 from torch import Tensor
@@ -74,7 +75,6 @@ class LaneReader:
         self._known: dict[tuple[int, int], list[BadSample]] = {}
         for bad in known_bad:
             self._known.setdefault((bad.epoch, bad.position), []).append(bad)
-        self._shard_of = {shard.filename: i for i, shard in enumerate(index.shards)}
         self._source = index.source()
         self._order: EpochOrder | None = None
         self._blocks: dict[int, tuple[int, _Block]] = {}
@@ -103,6 +103,11 @@ class LaneReader:
     def close(self) -> None:
         self._source.close()
         self._blocks.clear()
+
+    @cached_property
+    def _shard_of(self) -> dict[str, int]:
+        """Shards by name; made for the first choice that is used again, since it may have millions of entries."""
+        return {shard.filename: i for i, shard in enumerate(self._index.shards)}
 
     def _begin(self, epoch: int) -> EpochOrder:
         if self._order is None or self._order.epoch != epoch:

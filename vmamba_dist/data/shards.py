@@ -44,7 +44,7 @@ log = logging.getLogger(__name__)
 INFO = "_info.json"
 SIZES = "sizes.json"
 _PACKING = "_packing"  # there while a pack is under way, or was killed
-_EVAL_SPLITS = ("val", "validation", "test")
+EVAL_SPLITS = ("val", "validation", "test")
 _MIB = 1 << 20
 
 
@@ -127,7 +127,7 @@ class Index:
     root: Path
     name: str
     split: str
-    shards: tuple[Shard, ...]
+    shards: Sequence[Shard]
     num_classes: int
     class_names: tuple[str, ...]
     offsets: Offsets = field(repr=False, compare=False)
@@ -138,7 +138,7 @@ class Index:
         return sum(shard.num_samples for shard in self.shards)
 
     @property
-    def lengths(self) -> list[int]:
+    def lengths(self) -> Sequence[int] | NDArray[np.uint32]:
         return [shard.num_samples for shard in self.shards]
 
     @property
@@ -170,10 +170,10 @@ def read_index(folder: str | Path, split: str = "train", *, key: str = "data.tra
     info = _read_info(root, key)
     splits = info["splits"]
     if split == "auto":
-        split = next((name for name in _EVAL_SPLITS if name in splits), "")
+        split = next((name for name in EVAL_SPLITS if name in splits), "")
         if not split:
             raise ConfigError(
-                f"{key}={str(folder)!r} has the splits {', '.join(splits)}, and none of {', '.join(_EVAL_SPLITS)}; "
+                f"{key}={str(folder)!r} has the splits {', '.join(splits)}, and none of {', '.join(EVAL_SPLITS)}; "
                 "name one with eval.split"
             )
     if split not in splits:
@@ -438,7 +438,7 @@ def _take_folder(root: Path, name: str, overwrite: bool) -> None:
         for entry in old["splits"].values():
             for filename in entry["filenames"]:
                 (root / Path(filename).name).unlink(missing_ok=True)
-        for sidecar in root.glob("_offsets-*.bin"):
+        for sidecar in (*root.glob("_offsets-*.bin"), *root.glob("_index-*.bin")):
             sidecar.unlink()
     elif (root / _PACKING).exists():
         killed = (root / _PACKING).read_text()
@@ -592,7 +592,7 @@ def _digits(split: str, holdout: float) -> _Content:
 
 def _folder(root: Path, split: str, holdout: float) -> _Content:
     tops = _folders(root)
-    splits = ("train", *_EVAL_SPLITS)
+    splits = ("train", *EVAL_SPLITS)
     has_splits = bool(tops) and all(top.name in splits for top in tops)
     groups = {top.name: _folders(top) for top in tops} if has_splits else {"": tops}
     classes = sorted({folder.name for folders in groups.values() for folder in folders})

@@ -11,7 +11,8 @@ from vmamba_dist.config.schema import Config, ConfigError, EvalConfig
 from vmamba_dist.core.dist import pick_device
 from vmamba_dist.data.ondevice import check_gpu_decoding
 from vmamba_dist.data.order import check_batch, choose_accumulate
-from vmamba_dist.data.shards import Index, read_index
+from vmamba_dist.data.shards import Index
+from vmamba_dist.data.sidecar import open_index
 from vmamba_dist.models.variants import get_variant
 from vmamba_kernels.backend import BackendError, resolve_backend
 
@@ -34,7 +35,7 @@ def open_sources(cfg: Config, world_size: int) -> Sources:
     cfg.parallel.copies_and_shards(world_size)
     if not cfg.data.train:
         raise ConfigError("data.train is not set: give a folder of shards, as `vmamba shards pack` makes it")
-    train = read_index(cfg.data.train, cfg.data.split)
+    train = open_index(cfg.data.train, cfg.data.split)
     accumulate = choose_accumulate(cfg.data.global_batch, world_size, cfg.parallel.micro_batch)
     check_batch(train.num_samples, cfg.data.global_batch, world_size, accumulate)
     num_classes = count_classes(cfg, train)
@@ -57,7 +58,7 @@ def check_model(cfg: Config) -> None:
 def open_evaluation(cfg: EvalConfig, *, default: str, num_classes: int) -> Index:
     """Read and check the index of the evaluation split, for a model of `num_classes`."""
     key = "eval.data" if cfg.data else "data.train"
-    index = read_index(cfg.data or default, cfg.split, key=key)
+    index = open_index(cfg.data or default, cfg.split, key=key)
     if index.num_samples == 0:
         raise ConfigError(f"{key}={str(index.root)!r}: split {index.split!r} has no samples to evaluate on")
     if index.num_classes > num_classes:
