@@ -6,7 +6,8 @@ shuffle buffers are full. CPU time is that of all processes together in the wind
 
 timm's is timm's own dataset. open_clip's is written out of webdataset's stages as its data.py puts them together
 (shards shuffled and split, samples shuffled in a buffer of 5,000, decoded, batched in the worker): its own function
-wants captions and a tokenizer. Ours alone has an exact order, resumes anywhere, and replaces a bad sample by a known one.
+wants captions and a tokenizer. Ours alone has an exact order, resumes anywhere, and replaces a bad sample by a known
+one.
 """
 
 import argparse
@@ -194,13 +195,14 @@ def main() -> None:
     parser.add_argument("--workers", type=int, nargs="+", default=(1, 2), help="(default 1 2)")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    rows = []
+    rows, names = [], list(LOADERS)
     with tempfile.TemporaryDirectory() as folder:
         index = make_shards(Path(folder), 3072)
         for workers in args.workers:
             found: dict[str, list[Cost]] = {name: [] for name in LOADERS}
             for i in range(args.rounds + 1):
-                for name in sorted(LOADERS, key=lambda name: hash((i, name))):
+                turn = i % len(names)
+                for name in names[turn:] + names[:turn]:
                     cost = measure(LOADERS[name], index, workers, 4 * workers, args.batches)
                     if i:  # the first round warms the page cache
                         found[name].append(cost)
