@@ -116,6 +116,8 @@ def kinds() -> dict[str, tuple[bytes, np.ndarray]]:
     clear = keyed.getpixel((0, 0))
     keyed_rgb = np.array(palette.convert("RGB"))
     keyed_rgb[np.asarray(palette) == clear] = 255
+    clear_corner = rgb.copy()
+    clear_corner[(rgb == 0).all(2)] = 255
     repeated = np.repeat(grey[:, :, None], 3, 2)
     la = Image.merge("LA", [Image.fromarray(grey), Image.fromarray(alpha)])
     la_over = ((grey.astype(int) * alpha + 255 * (255 - alpha.astype(int))) / 255).round()
@@ -128,6 +130,7 @@ def kinds() -> dict[str, tuple[bytes, np.ndarray]]:
         ),
         "palette": (encoded(palette, "PNG"), np.asarray(palette.convert("RGB"))),
         "palette with a clear colour": (encoded(keyed, "PNG", transparency=clear), keyed_rgb),
+        "a clear colour": (encoded(Image.fromarray(rgb), "PNG", transparency=(0, 0, 0)), clear_corner),
         "alpha": (encoded(Image.fromarray(np.dstack([rgb, alpha])), "PNG"), over_white),
         "grey with alpha": (encoded(la, "PNG"), np.repeat(la_over[:, :, None], 3, 2)),
         "alpha webp": (
@@ -177,6 +180,15 @@ def test_exif_orientation_is_applied(value: int, decoder: Decoder) -> None:
         made = prepared(decoder, stored, 32, augment, seed=7)
         plain = prepared("pil", encoded(Image.fromarray(scene), quality=95), 32, augment, seed=7)
         assert (made.float() - plain.float()).abs().mean() < 3  # another JPEG of the same scene
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_an_orientation_in_xmp_counts_too(decoder: Decoder) -> None:
+    xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+    stored = encoded(photo(96, 64), quality=95, xmp=xmp)
+    assert orientation(look(stored)) == 6
+    expected = prepared("pil", jpeg_with_orientation(photo(96, 64), 6), 40)
+    assert difference(prepared(decoder, stored, 40), expected) <= (0 if decoder != "torchvision" else 2)
 
 
 def test_upright_is_the_definition() -> None:
