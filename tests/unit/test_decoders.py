@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
+from distributed.micro import metrics, train, words
 from shardsets import make_set, members, overwrite
 from vmamba_dist.config import load as load_config
 from vmamba_dist.config.schema import AugmentConfig, ConfigError, DataConfig
@@ -23,7 +24,7 @@ from vmamba_dist.data import ondevice
 from vmamba_dist.data.augment import RESAMPLE, DeviceTransform, TrainTransform, operate, to_tensor
 from vmamba_dist.data.batch import Batch, Encoded
 from vmamba_dist.data.decode import DecodeError, decode, look, orientation
-from vmamba_dist.data.draws import Operation
+from vmamba_dist.data.draws import Operation, randaugment
 from vmamba_dist.data.ondevice import Ahead, DeviceDecoder
 from vmamba_dist.data.pixels import operate as operate_batch
 from vmamba_dist.data.pixels import resize_crops, shape_upright, upright
@@ -319,12 +320,16 @@ def test_a_batch_of_draws_gives_pillows_bytes(augment: AugmentConfig, device: to
     assert torch.equal(torch.cat([make(range(1)), make(range(1, 14))]), together[:14])
 
 
-def test_large_images_are_resized_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_is_bounded_by_taking_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     images = [to_tensor(photo(90 + i, 80)) for i in range(7)]
     crops = [(0, 0, 80, 90 + i) for i in range(7)]
     together = resize_crops(images, crops, 32)
     monkeypatch.setattr("vmamba_dist.data.pixels._AT_ONCE", 3 * 96 * 96 * 2)
     assert torch.equal(resize_crops(images, crops, 32), together)
+    turned = [[randaugment("rotate", 0.1 * (1 + i), 1.0, 32, (9.0, 9.0, 9.0))] for i in range(7)]
+    warped = operate_batch(together.clone(), turned)
+    monkeypatch.setattr("vmamba_dist.data.pixels._WARPED_AT_ONCE", 3)
+    assert torch.equal(operate_batch(together.clone(), turned), warped)
 
 
 # The stream
@@ -532,3 +537,24 @@ class TestOnAGpu:
             torch.cuda.synchronize()
             assert torch.allclose(expected, transform(batch, self.cuda)[0].double().sum())
         again.close()
+
+    def test_a_run_that_was_stopped_repeats_an_unbroken_one(self, tmp_path: Path) -> None:
+        images = make_set(tmp_path / "images", count=64, num_classes=7)
+        few = ["data.global_batch=4", "eval.split=train", "data.workers=2", "data.decoder=gpu"]
+        assert train(words(images, tmp_path / "unbroken", *few, "run.max_steps=6")) == "paused"
+        for last in (3, 6):
+            assert train(words(images, tmp_path / "stopped", *few, f"run.max_steps={last}")) == "paused"
+        assert [line["loss"] for line in metrics(tmp_path / "stopped")] == [
+            line["loss"] for line in metrics(tmp_path / "unbroken")
+        ]
+
+
+def test_a_run_takes_torchvisions_decoder(tmp_path: Path) -> None:
+    """Its losses are close to those with Pillow: the same samples, draws and, but for a level, pixels."""
+    images = make_set(tmp_path / "images", count=64, num_classes=7)
+    few = ["data.global_batch=4", "eval.split=train", "run.max_steps=2"]
+    losses = {}
+    for decoder in ("pil", "torchvision"):
+        assert train(words(images, tmp_path / decoder, *few, f"data.decoder={decoder}")) == "paused"
+        losses[decoder] = [line["loss"] for line in metrics(tmp_path / decoder)]
+    assert losses["torchvision"] == pytest.approx(losses["pil"], rel=0.02)
