@@ -200,12 +200,11 @@ def main() -> None:
         index = make_shards(Path(folder), 3072)
         for workers in args.workers:
             found: dict[str, list[Cost]] = {name: [] for name in LOADERS}
-            for i in range(args.rounds + 1):
+            for i in range(args.rounds):
                 turn = i % len(names)
                 for name in names[turn:] + names[:turn]:
                     cost = measure(LOADERS[name], index, workers, 4 * workers, args.batches)
-                    if i:  # the first round warms the page cache
-                        found[name].append(cost)
+                    found[name].append(cost)
             own = found["`TrainStream`"]
             for name, costs in found.items():
                 ratios = [theirs.cpu / mine.cpu for mine, theirs in zip(own, costs, strict=True)]
