@@ -159,6 +159,7 @@ class DataConfig:
     image_size: int = 224  # px, square, a multiple of 4
     global_batch: int = 1024  # samples an update, over all ranks (the paper's)
     workers: int = replaceable(4)  # reader processes a rank; 0 reads in the training process
+    decoder: Literal["pil", "torchvision", "gpu"] = "pil"  # who decodes JPEGs for training (docs/decoding.md)
     prefetch: int = replaceable(2)  # micro-batches a worker reads ahead
     block: int = 16  # samples shuffled together within a lane
     lanes: int | None = None  # null: chosen once a run by the rule of order.choose_lanes, then fixed

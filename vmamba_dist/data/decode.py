@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from vmamba_dist.data.sources import stable
 
@@ -53,16 +53,6 @@ def check_header(data: bytes) -> tuple[str, int, int]:
         return str(image.format), image.width, image.height
 
 
-def decode(data: bytes) -> Image.Image:
-    """Decode a JPEG, PNG or WebP to RGB. Raises DecodeError."""
-    with _readable():
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
-        _check_size(image)
-        image.load()
-        ImageOps.exif_transpose(image, in_place=True)
-        return _to_rgb(image)
-
-
 @contextmanager
 def _readable() -> Iterator[None]:
     """Turn whatever a damaged file ends in inside Pillow into DecodeError.
@@ -83,6 +73,41 @@ def _readable() -> Iterator[None]:
 def _check_size(image: Image.Image) -> None:
     if image.width * image.height > MAX_PIXELS:
         raise DecodeError(f"{image.width}×{image.height} px is more than {MAX_PIXELS} px")
+
+
+def decode(data: bytes) -> Image.Image:
+    """Decode a JPEG, PNG or WebP to RGB. Raises DecodeError."""
+    return load(look(data))
+
+
+@_readable()
+def look(data: bytes) -> Image.Image:
+    """Read an image's header and leave its pixels. Raises DecodeError, for too many pixels too."""
+    image = Image.open(io.BytesIO(data), formats=FORMATS)
+    _check_size(image)
+    return image
+
+
+@_readable()
+def load(image: Image.Image) -> Image.Image:
+    """Read the pixels of what look() returned, upright and RGB. Raises DecodeError."""
+    image.load()
+    ImageOps.exif_transpose(image, in_place=True)
+    return _to_rgb(image)
+
+
+@_readable()
+def orientation(image: Image.Image) -> int:
+    """Return EXIF's orientation, 1 … 8; 1 is upright, and what stands for none. Raises DecodeError."""
+    if not ("exif" in image.info or "xmp" in image.info):
+        return 1
+    value = image.getexif().get(ExifTags.Base.Orientation, 1)
+    return value if value in range(1, 9) else 1
+
+
+def is_plain_jpeg(image: Image.Image) -> bool:
+    """Tell whether every JPEG decoder makes the same of it: greyscale, or colour stored as YCbCr, 8 bits."""
+    return image.format == "JPEG" and image.mode in ("L", "RGB") and image.info.get("adobe_transform") != 0
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

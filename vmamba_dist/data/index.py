@@ -128,7 +128,7 @@ class Index:
     root: Path
     name: str
     split: str
-    shards: tuple[Shard, ...]
+    shards: Sequence[Shard]
     num_classes: int
     class_names: tuple[str, ...]
     offsets: Offsets = field(repr=False, compare=False)
@@ -142,7 +142,7 @@ class Index:
         return sum(shard.num_samples for shard in self.shards)
 
     @property
-    def lengths(self) -> list[int]:
+    def lengths(self) -> Sequence[int] | NDArray[np.uint32]:
         return [shard.num_samples for shard in self.shards]
 
     @property
@@ -172,7 +172,7 @@ class Index:
 
     def order(self, seed: int, epoch: int, lanes: int, block: int) -> EpochOrder:
         """Return the order of an epoch."""
-        return EpochOrder(seed, epoch, self.lengths, lanes, block)
+        return EpochOrder(seed, epoch, np.asarray(self.lengths, dtype=np.int64), lanes, block)
 
     def check_lanes(self, lanes: int) -> None:
         """Refuse lanes that the set cannot fill. Raises ConfigError."""

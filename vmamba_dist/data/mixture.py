@@ -143,7 +143,12 @@ class Mixture:
     def order(self, seed: int, epoch: int, lanes: int, block: int) -> MixtureOrder:
         """Return the order of an epoch."""
         return MixtureOrder(
-            seed, epoch, [part.lengths for part in self.parts], self.lanes_of(lanes), self.num_samples, block
+            seed,
+            epoch,
+            [np.asarray(part.lengths, dtype=np.int64) for part in self.parts],
+            self.lanes_of(lanes),
+            self.num_samples,
+            block,
         )
 
     def log(self, lanes: int) -> None:
@@ -170,7 +175,7 @@ class MixtureOrder:
         self,
         seed: int,
         epoch: int,
-        lengths: Sequence[Sequence[int]],
+        lengths: Sequence[Sequence[int] | NDArray[np.int64]],
         lanes_of: Sequence[int],
         num_samples: int,
         block: int,

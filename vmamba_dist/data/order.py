@@ -18,7 +18,6 @@ NumPy only: nothing here costs more than a few µs a sample, and nothing holds a
 from __future__ import annotations
 
 import zlib
-from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
@@ -199,8 +198,8 @@ class EpochOrder:
         if not 1 <= lanes <= self.num_samples:  # a mixture's source may have an odd number
             check_lanes(self.num_samples, lanes)
         shards = _rng(seed, _SHARDS, epoch).permutation(len(lengths))
-        self._shards: list[int] = shards.tolist()
-        self._shard_starts: list[int] = [0, *np.cumsum(lengths[shards]).tolist()]
+        self._shards: Ints = shards  # arrays: as lists a million of them would take 80 MB
+        self._shard_starts: Ints = np.concatenate([[0], np.cumsum(lengths[shards])])
         numbers = _rng(seed, _LANES, epoch).permutation(lanes)  # of the segments, in the order they lie
         ends = np.cumsum(self.num_samples // lanes + (numbers < self.num_samples % lanes))
         starts = np.empty(lanes, np.int64)
@@ -234,11 +233,11 @@ class EpochOrder:
         at = self._lane_starts[lane] + block * self.block
         end = at + self.block_length(lane, block)
         runs = []
-        i = bisect_right(self._shard_starts, at) - 1
+        i = self._shard_at(at)
         while at < end:
-            stop = min(end, self._shard_starts[i + 1])
+            start, stop = int(self._shard_starts[i]), min(end, int(self._shard_starts[i + 1]))
             if stop > at:  # an empty shard has nothing
-                runs.append(Run(self._shards[i], at - self._shard_starts[i], stop - at))
+                runs.append(Run(int(self._shards[i]), at - start, stop - at))
             at, i = stop, i + 1
         return runs
 
@@ -248,8 +247,12 @@ class EpochOrder:
             raise IndexError(f"position {position} is outside an epoch of {self.num_samples} samples")
         lane, block, slot = self.place(position)
         at = self._lane_starts[lane] + block * self.block + self.slots(lane, block)[slot]
-        i = bisect_right(self._shard_starts, at) - 1
-        return self._shards[i], at - self._shard_starts[i]
+        i = self._shard_at(at)
+        return int(self._shards[i]), at - int(self._shard_starts[i])
+
+    def _shard_at(self, at: int) -> int:
+        """Return the place, in this epoch's order of shards, of the one that holds the epoch's `at`-th sample."""
+        return int(np.searchsorted(self._shard_starts, at, side="right")) - 1
 
 
 def readers_are_apart(lanes: int, world: int, workers: int) -> bool:

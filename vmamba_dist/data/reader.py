@@ -11,25 +11,24 @@ the blocks that its next samples lie in side by side.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
-from PIL import Image
 from torch import Tensor
 
 from vmamba_dist.config.schema import UserError
-from vmamba_dist.data.augment import borrowed_generator, sample_seeds
-from vmamba_dist.data.batch import BadSample
-from vmamba_dist.data.decode import DecodeError, decode
+from vmamba_dist.data.batch import BadSample, Encoded
+from vmamba_dist.data.decode import DecodeError
+from vmamba_dist.data.draws import sample_seeds
 from vmamba_dist.data.index import Index, read_samples
 from vmamba_dist.data.mixture import Mixture
 from vmamba_dist.data.order import Order, Run
+from vmamba_dist.data.prepare import Prepare
 from vmamba_dist.data.sources import Fault, Raw, Source, parse_label
-
-Transform = Callable[[Image.Image], Tensor]
 
 
 @dataclass
@@ -39,6 +38,7 @@ class Rows:
     labels: list[int]
     keys: list[str]
     bad: list[BadSample] = field(default_factory=list)
+    encoded: dict[int, Encoded] = field(default_factory=dict)  # rows left to the device, not in that memory
 
 
 class DataError(UserError, RuntimeError):
@@ -54,7 +54,7 @@ class _Block:
 
 @dataclass(frozen=True)
 class _Good:
-    image: Image.Image
+    image: Tensor | Encoded
     label: int
     key: str
 
@@ -65,7 +65,7 @@ class LaneReader:
     def __init__(
         self,
         index: Index | Mixture,
-        transform: Transform,
+        prepare: Prepare,
         *,
         seed: int,
         lanes: int,
@@ -74,12 +74,11 @@ class LaneReader:
     ) -> None:
         self._index = index
         self._lengths = np.asarray(index.lengths, dtype=np.int64)
-        self._transform = transform
+        self._prepare = prepare
         self._seed, self._lanes, self._block_size = seed, lanes, block
         self._known: dict[tuple[int, int], list[BadSample]] = {}
         for bad in known_bad:
             self._known.setdefault((bad.epoch, bad.position), []).append(bad)
-        self._shard_of = {shard.filename: i for i, shard in enumerate(index.shards)}
         self._source = index.source()
         self._order: Order | None = None
         self._blocks: dict[int, tuple[Any, int, _Block]] = {}  # by the order's buffer: lane, block, content
@@ -87,7 +86,7 @@ class LaneReader:
         self._threads: ThreadPoolExecutor | None = None
 
     def read(self, epoch: int, positions: Sequence[int], images: Tensor) -> Rows:
-        """Read, decode and transform the samples at `positions` of `epoch` into `images`, (n, 3, S, S) uint8.
+        """Read and prepare the samples at `positions` of `epoch` into `images`, (n, 3, S, S) uint8, or Rows.encoded.
 
         Raises DataError where a whole lane has no good sample, SourceError where the source itself fails.
         """
@@ -96,15 +95,16 @@ class LaneReader:
             self._fetch(order, positions)
         rows = Rows([], [])
         seeds = sample_seeds(self._seed, epoch, positions)
-        with borrowed_generator() as random:
-            for i, position in enumerate(positions):
-                good, bad = self._at(order, position)
-                random.manual_seed(seeds[i])
-                images[i] = self._transform(good.image)
-                rows.labels.append(good.label)
-                rows.keys.append(good.key)
-                if bad is not None:
-                    rows.bad.append(bad)
+        for i, position in enumerate(positions):
+            good, bad = self._at(order, position, seeds[i])
+            if isinstance(good.image, Encoded):
+                rows.encoded[i] = good.image
+            else:
+                images[i] = good.image
+            rows.labels.append(good.label)
+            rows.keys.append(good.key)
+            if bad is not None:
+                rows.bad.append(bad)
         return rows
 
     def close(self) -> None:
@@ -113,6 +113,11 @@ class LaneReader:
             self._threads.shutdown(cancel_futures=True)
             self._threads = None
         self._blocks.clear()
+
+    @cached_property
+    def _shard_of(self) -> dict[str, int]:
+        """Shards by name; made for the first choice that is used again, since it may have millions of entries."""
+        return {shard.filename: i for i, shard in enumerate(self._index.shards)}
 
     def _begin(self, epoch: int) -> Order:
         if self._order is None or self._order.epoch != epoch:
@@ -139,21 +144,21 @@ class LaneReader:
         held = self._blocks.get(buffer)
         return held is not None and held[:2] == (lane, block)
 
-    def _at(self, order: Order, position: int) -> tuple[_Good, BadSample | None]:
+    def _at(self, order: Order, position: int, seed: int) -> tuple[_Good, BadSample | None]:
         lane, block, slot = order.place(position)
         known = self._known_at(order, position)
         if known is not None:
-            chosen = self._again(known)
+            chosen = self._again(known, seed)
             if chosen is not None:
                 return chosen, known
         buffer = order.buffer(lane)
         if not self._holds(buffer, lane, block):
             self._blocks[buffer] = (lane, block, self._load(order, lane, block))
         content = self._blocks[buffer][2]
-        good = self._good(content, slot)
+        good = self._good(content, slot, seed)
         if isinstance(good, _Good):
             return good, None
-        replacement, (shard, index) = self._replace(order, lane, block, slot, content)
+        replacement, (shard, index) = self._replace(order, lane, block, slot, content, seed)
         own_shard, own_index = content.places[content.slots[slot]]
         bad = BadSample(
             epoch=order.epoch,
@@ -193,16 +198,16 @@ class LaneReader:
             places += [(run.shard, run.first + i) for i in range(run.count)]
         return places, samples
 
-    def _good(self, content: _Block, slot: int) -> _Good | Fault:
-        """Decode an element of a block, once: a fault is kept in the sample's place."""
+    def _good(self, content: _Block, slot: int, seed: int) -> _Good | Fault:
+        """Prepare an element of a block; a fault is found once, and kept in the sample's place."""
         at = content.slots[slot]
-        good = _decode(content.samples[at], self._index.num_classes)
+        good = _made(content.samples[at], self._index.num_classes, self._prepare, seed)
         if isinstance(good, Fault):
             content.samples[at] = good
         return good
 
     def _replace(
-        self, order: Order, lane: Any, block: int, slot: int, content: _Block
+        self, order: Order, lane: Any, block: int, slot: int, content: _Block, seed: int
     ) -> tuple[_Good, tuple[int, int]]:
         for other in (*range(block, -1, -1), *range(block + 1, order.num_blocks(lane))):
             if (lane, other) in self._all_bad:
@@ -212,7 +217,7 @@ class LaneReader:
             near = min(slot, len(content.slots) - 1)
             # In another block the element of the same slot comes first; in its own it is the bad one.
             for candidate in (*range(near, -1, -1), *range(near + 1, len(content.slots))):
-                good = self._good(content, candidate)
+                good = self._good(content, candidate, seed)
                 if isinstance(good, _Good):
                     return good, content.places[content.slots[candidate]]
             self._all_bad.add((lane, other))
@@ -221,30 +226,30 @@ class LaneReader:
             "check the set with: vmamba shards verify"
         )
 
-    def _again(self, known: BadSample) -> _Good | None:
+    def _again(self, known: BadSample, seed: int) -> _Good | None:
         """Re-use a choice of an earlier attempt; None where it no longer holds."""
         shard = self._shard_of.get(known.replacement_shard)
         if shard is None or not 0 <= known.replacement_index < self._lengths[shard]:
             return None
         sample = read_samples(self._source, self._index.offsets, shard, known.replacement_index, 1)[0]
-        good = _decode(sample, self._index.num_classes)
+        good = _made(sample, self._index.num_classes, self._prepare, seed)
         return good if isinstance(good, _Good) else None
 
 
-def _decode(sample: Raw | Fault, num_classes: int) -> _Good | Fault:
+def _made(sample: Raw | Fault, num_classes: int, prepare: Prepare, seed: int) -> _Good | Fault:
     if isinstance(sample, Fault):
         return sample
     label = parse_label(sample, num_classes)
     if isinstance(label, Fault):
         return label
     try:
-        return _Good(decode(sample.image), label, sample.key)
+        return _Good(prepare(sample.image, seed), label, sample.key)
     except DecodeError as error:
         return Fault(str(error), sample.key)
 
 
 def read_in_file_order(
-    index: Index, source: Source, transform: Transform, first: int, count: int, images: Tensor
+    index: Index, source: Source, prepare: Prepare, first: int, count: int, images: Tensor
 ) -> tuple[Rows, list[bool]]:
     """Read `count` samples from the set's `first`-th on, as they lie, into `images`; for evaluation.
 
@@ -255,13 +260,14 @@ def read_in_file_order(
     good_rows = [False] * len(images)
     images.zero_()
     for row, (shard, at, sample) in enumerate(_samples_from(index, source, first, count)):
-        good = _decode(sample, index.num_classes)
+        good = _made(sample, index.num_classes, prepare, seed=0)
         if isinstance(good, Fault):
             name = index.shards[shard].filename
             rows.keys[row] = good.key
             rows.bad.append(BadSample(0, first + row, name, at, good.key, good.reason))
             continue
-        images[row] = transform(good.image)
+        assert isinstance(good.image, Tensor), "evaluation decodes on the host"
+        images[row] = good.image
         rows.labels[row], rows.keys[row], good_rows[row] = good.label, good.key, True
     return rows, good_rows
 

@@ -38,11 +38,11 @@ from vmamba_dist.data.index import (
     Listed,
     Offsets,
     Shard,
-    read_index,
     read_split,
     write_whole,
 )
 from vmamba_dist.data.remote import CONCURRENCY, Fetcher, Item, Patience, RemoteSource, Store, Web
+from vmamba_dist.data.sidecar import open_index
 from vmamba_dist.data.sources import LocalSource, Source, local_path
 from vmamba_dist.data.tarscan import Contents, RangeFile, scan_shard
 
@@ -187,7 +187,7 @@ def open_set(
     named = f"{key}={redact(address)!r}"
     with closing(folder):
         if names is None and isinstance(folder, LocalFolder) and not _is_bare(folder):
-            index = read_index(folder.address, split, key=key)
+            index = open_index(folder.address, split, key=key)
             items = _items_of(index) if data.cache_dir else []
         else:
             index, items = _open_kept(folder, names, split, data, Path(keep), named)
@@ -204,11 +204,12 @@ def open_set(
 
 def _items_of(index: Index) -> list[Item]:
     """The files of a local set, as the cache must know them: a time tells two of one size apart."""
-    paths = [index.root / shard.filename for shard in index.shards]
-    return [
-        Item(str(path), size, "" if shard.sha256 else str(path.stat().st_mtime_ns))
-        for path, size, shard in zip(paths, index.sizes, index.shards, strict=True)
-    ]
+    items = []
+    for i, shard in enumerate(index.shards):
+        path = index.root / shard.filename
+        size = index.sizes[i] if index.sizes else shard.num_bytes  # a sidecar has looked at no tar
+        items.append(Item(str(path), size, "" if shard.sha256 else str(path.stat().st_mtime_ns)))
+    return items
 
 
 def _locate(address: str, data: DataConfig, key: str) -> tuple[Folder, list[str] | None]:

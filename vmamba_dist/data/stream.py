@@ -15,6 +15,7 @@ import math
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
+from functools import partial
 
 import numpy as np
 import torch
@@ -23,10 +24,12 @@ from torch import Tensor
 
 from vmamba_dist.config.schema import AugmentConfig, ConfigError, DataConfig, EvalConfig
 from vmamba_dist.data import order
-from vmamba_dist.data.augment import EvalTransform, TrainTransform
+from vmamba_dist.data.augment import EvalTransform
 from vmamba_dist.data.batch import BadSample, Batch
+from vmamba_dist.data.decode import decode
 from vmamba_dist.data.index import Index
 from vmamba_dist.data.mixture import Mixture
+from vmamba_dist.data.prepare import Decoder, TrainPreparation
 from vmamba_dist.data.reader import LaneReader, Rows, read_in_file_order
 from vmamba_dist.data.sources import Source
 from vmamba_dist.data.workers import Room, Workers
@@ -70,17 +73,28 @@ class TrainStream:
         self._data = data
         self._pin = pin_memory  # torch keeps pinned memory for the next batch by itself
         self._memory = _Recycled((self.share.micro_batch, data.image_size, data.image_size, 3))
-        self._reader = LaneReader(
-            index,
-            TrainTransform(augment, data.image_size),
-            seed=seed,
-            lanes=lanes,
-            block=data.block,
-            known_bad=known_bad,
+        self._new_reader = partial(
+            self._make_reader, augment, seed=seed, lanes=lanes, known_bad=tuple(known_bad)
         )
+        self._reader = self._new_reader(data.decoder)
+        self._again: LaneReader | None = None
         self._workers: Workers[_From, Rows] | None = None
         if rank == 0:
             self._log()
+
+    def _make_reader(
+        self,
+        augment: AugmentConfig,
+        decoder: Decoder,
+        *,
+        seed: int,
+        lanes: int,
+        known_bad: Sequence[BadSample],
+    ) -> LaneReader:
+        prepare = TrainPreparation(augment, self._data.image_size, decoder)
+        return LaneReader(
+            self.index, prepare, seed=seed, lanes=lanes, block=self._data.block, known_bad=known_bad
+        )
 
     def _log(self) -> None:
         readers = max(1, self._data.workers)
@@ -143,7 +157,20 @@ class TrainStream:
         if self._workers is not None:
             self._workers.close()
             self._workers = None
-        self._reader.close()
+        for reader in (self._reader, self._again):
+            if reader is not None:
+                reader.close()
+
+    def read_on_host(self, epoch: int, position: int) -> tuple[Tensor, Rows]:
+        """Read one position anew and decode it with Pillow: (3, S, S) uint8, and what Rows says of it.
+
+        For a sample that the device could not decode; where Pillow cannot either, it is replaced as any bad one.
+        """
+        if self._again is None:
+            self._again = self._new_reader("pil")
+        images = torch.empty((1, 3, self._data.image_size, self._data.image_size), dtype=torch.uint8)
+        rows = self._again.read(epoch, [position], images)
+        return images[0], rows
 
     def _schedule(self, begin: _From) -> Iterator[tuple[int, int, order.Ints]]:
         """Yield (epoch, step of it, positions) of each of this rank's micro-batches."""
@@ -179,6 +206,7 @@ class TrainStream:
                     _pairs(images)[at[0] // 2 :: self._data.workers] = _pairs(channels_first(part_images))
                 for i, label, key in zip(at.tolist(), part.labels, part.keys, strict=True):
                     rows.labels[i], rows.keys[i] = label, key
+                rows.encoded.update((int(at[i]), encoded) for i, encoded in part.encoded.items())
                 rows.bad += part.bad
             rows.bad.sort(key=lambda bad: bad.position)
             yield self._batch(epoch, step, positions, images, rows)
@@ -198,6 +226,7 @@ class TrainStream:
             step=epoch * self.steps_per_epoch + step,
             epoch=epoch,
             bad=rows.bad,
+            encoded=rows.encoded,
         )
 
 
@@ -241,6 +270,10 @@ def eval_batches(
     -1) and for a bad sample, which also stands in Batch.bad. Workers are forked for each evaluation.
     """
     transform = EvalTransform(image_size, evaluate.crop, interpolation)
+
+    def prepare(data: bytes, _: int) -> Tensor:
+        return transform(decode(data))
+
     share = math.ceil(index.num_samples / world)
     num_batches = math.ceil(share / evaluate.batch)
 
@@ -252,7 +285,7 @@ def eval_batches(
 
     def read(source: Source, i: int, images: Tensor) -> tuple[Rows, list[bool]]:
         first = rank * share + i * evaluate.batch
-        return read_in_file_order(index, source, transform, first, count_of(i), images)
+        return read_in_file_order(index, source, prepare, first, count_of(i), images)
 
     def batch(i: int, images: Tensor, rows: Rows, good: list[bool]) -> Batch:
         first = rank * share + i * evaluate.batch

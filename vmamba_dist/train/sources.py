@@ -12,6 +12,7 @@ from vmamba_dist.config.schema import Config, ConfigError
 from vmamba_dist.core.dist import pick_device
 from vmamba_dist.data.index import Index
 from vmamba_dist.data.mixture import Mixture
+from vmamba_dist.data.ondevice import check_gpu_decoding
 from vmamba_dist.data.order import check_batch, choose_accumulate
 from vmamba_dist.data.sets import open_set
 from vmamba_dist.models.variants import get_variant
@@ -31,6 +32,8 @@ class Sources:
 def open_sources(cfg: Config, world_size: int) -> Sources:
     """Read and check the indices. Raises ConfigError naming the key, the numbers and the fix."""
     check_model(cfg)
+    if cfg.data.decoder == "gpu":
+        check_gpu_decoding(pick_device(cfg.precision.device, local_rank=0))
     cfg.parallel.copies_and_shards(world_size)
     if not cfg.data.train:
         raise ConfigError(
