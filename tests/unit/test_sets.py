@@ -486,6 +486,35 @@ def test_no_secret_is_told(endpoint: str, tmp_path: Path, caplog: pytest.LogCapt
         assert secret not in told + caplog.text + kept + repr(index)
 
 
+@pytest.mark.usefixtures("account")
+def test_a_bucket_holds_against_faults_like_any_server(folder: Path, server: Shelf, tmp_path: Path) -> None:
+    """The failing web server in the place of S3: its folder `set` is the bucket."""
+    index = open_set(f"s3://set/{PATTERN}", "train", data=data(s3=S3Config(server.url)), keep=tmp_path)
+    for fault in ("cut", "503", "range", "500"):
+        server.faults.extend([fault, ""])
+    batches = take(8, stream(index))
+    assert not server.faults
+    assert_same(batches, take(8, stream(read_index(folder))))
+    server.always = "403"
+    with pytest.raises(
+        SourceError, match=r"s3://set/odd-train-00000\d\.tar: .*HTTP 403.*credentials come from"
+    ):
+        take(1, stream(index))
+    assert not any("?" in path for path, *_ in server.asked)  # what signs a request is in its headers
+
+
+def test_without_credentials_a_public_bucket_is_asked_unsigned(
+    account: None, server: Shelf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    signed = sets.open_s3(server.url, 5.0).request("s3://set/a b/ü.tar")
+    assert signed[0] == f"{server.url}/set/a%20b/%C3%BC.tar"
+    assert KEY_ID in signed[1]["Authorization"]
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    url, headers = sets.open_s3(server.url, 5.0).request("s3://set/a.tar")
+    assert (url, "Authorization" in headers) == (f"{server.url}/set/a.tar", False)
+
+
 def test_without_boto3_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "boto3", None)
     monkeypatch.delitem(sys.modules, "vmamba_dist.data.s3", raising=False)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import netrc
 import os
 import re
+import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -82,6 +83,7 @@ class Http:
         self._connections = connections
         self._pools: dict[str, urllib3.PoolManager] = {}  # by proxy, "" is none
         self._pid = os.getpid()
+        self._lock = threading.Lock()
 
     def get(
         self,
@@ -146,6 +148,10 @@ class Http:
         self._pools = {}
 
     def _pool(self, url: str) -> urllib3.PoolManager:
+        with self._lock:
+            return self._pool_of(url)
+
+    def _pool_of(self, url: str) -> urllib3.PoolManager:
         if self._pid != os.getpid():  # a fork: the connections are its parent's
             self._pools, self._pid = {}, os.getpid()
         parts = urlsplit(url)
