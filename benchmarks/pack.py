@@ -55,7 +55,7 @@ def bare(folder: Path) -> None:
 def main() -> None:
     """Measure and write the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--images", type=int, default=640, help="(%(default)s)")
+    parser.add_argument("--images", type=int, default=400, help="(%(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="turns of all rows (%(default)s)")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:

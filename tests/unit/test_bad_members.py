@@ -106,8 +106,8 @@ def packed(folder: Path, tar: bytes) -> PackReport | None:
     return report
 
 
-def streamed(folder: Path, workers: int = 0) -> int | None:
-    """Train an epoch on a set; how many samples were replaced, None where the run is refused or stopped by name."""
+def streamed(folder: Path, workers: int = 0) -> list[str] | None:
+    """Read an epoch of a set as training does; what was bad and what took its place, None where the run is refused."""
 
     def run() -> list[Batch]:
         made = TrainStream(
@@ -130,7 +130,7 @@ def streamed(folder: Path, workers: int = 0) -> int | None:
         assert batch.images.shape == (2, 3, 8, 8)
         assert all(0 <= label < NUM_CLASSES for label in batch.labels.tolist())
         assert all(bad.reason and len(bad.reason) < 500 for bad in batch.bad)
-    return sum(len(batch.bad) for batch in batches)
+    return [str(bad) for batch in batches for bad in batch.bad]
 
 
 @pytest.mark.parametrize("kind", MUTATIONS)
@@ -152,11 +152,19 @@ def test_mutated_tars_are_packed_verified_and_streamed_or_refused(tmp_path: Path
     assert packs > 0, "the mutations of this kind leave nothing to be packed: they test only the door"
 
 
+@pytest.mark.parametrize(("kind", "seed"), [("labels", 0), ("images", 1), ("bits", 2), ("bombs", 3)])
+def test_what_takes_a_bad_sample_s_place_is_the_same_for_every_number_of_workers(
+    tmp_path: Path, kind: str, seed: int
+) -> None:
+    folder = as_set(tmp_path / "set", mutant(kind, seed))
+    assert streamed(folder, workers=0) == streamed(folder, workers=1)
+
+
 def test_a_sound_tar_passes_both_levels(tmp_path: Path) -> None:
     report = packed(tmp_path, tar_of(sound()))
     assert report is not None
     assert report.samples == {"train": NUM_SAMPLES}
-    assert streamed(as_set(tmp_path / "set", tar_of(sound()))) == 0
+    assert streamed(as_set(tmp_path / "set", tar_of(sound()))) == []
     assert verify(tmp_path / "set").ok
 
 

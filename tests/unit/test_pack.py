@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -389,6 +390,17 @@ def test_a_source_is_never_overwritten(tmp_path: Path) -> None:
     assert files(made) == before
 
 
+def test_what_is_no_regular_file_is_left_out_by_name(tmp_path: Path) -> None:
+    """A pipe would be waited for, for ever; a link that leads nowhere has nothing to read."""
+    write_images(tmp_path / "in/class", 4, 1)
+    os.mkfifo(tmp_path / "in/class/pipe.jpg")
+    (tmp_path / "in/class/nowhere.jpg").symlink_to(tmp_path / "none.jpg")
+    (tmp_path / "in/class/link.jpg").symlink_to(tmp_path / "in/class/00000.jpg")
+    report = pack(tmp_path / "in", tmp_path / "out")
+    assert report.samples == {"train": 5}
+    assert set(report.ignored) == {"class/list.csv", "class/nowhere.jpg", "class/pipe.jpg"}
+
+
 def test_an_image_that_vanishes_is_an_error_and_not_a_skip(tmp_path: Path) -> None:
     table = write_images(tmp_path / "in", 12, 3)
 
@@ -401,6 +413,27 @@ def test_an_image_that_vanishes_is_an_error_and_not_a_skip(tmp_path: Path) -> No
     assert not (tmp_path / "out/_info.json").exists()
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_disk_that_is_full_is_told_and_gone_on_from(tmp_path: Path, workers: int) -> None:
+    """The limit of a file's size stands for the disk's: writing beyond it fails in the same call."""
+    table = write_images(tmp_path / "in", 12, 3)
+    Image.effect_noise((300, 300), 90).save(tmp_path / "in/00010.png")
+    options = {"samples_per_shard": 2, "workers": workers}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
+    try:
+        with pytest.raises(UserError, match=r"cannot be written: .*File too large"):
+            pack(table, tmp_path / "out", **options)  # type: ignore[arg-type]
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not (tmp_path / "out/_info.json").exists()
+    pack(table, tmp_path / "out", **options)  # type: ignore[arg-type]
+    pack(table, tmp_path / "whole", **options)  # type: ignore[arg-type]
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
+    with pytest.raises(UserError, match=r"cannot be written: .*Not a directory"):
+        pack(table, table / "out")
+
+
 def test_odd_file_names_become_safe_keys(tmp_path: Path) -> None:
     (tmp_path / "in/class").mkdir(parents=True)
     names = ["a.b.c.jpg", "猫.jpg", "犬.jpg", "-x.jpg", "n" * 120 + ".jpg", os.fsdecode(b"\xff\xfe.jpg")]
@@ -411,6 +444,23 @@ def test_odd_file_names_become_safe_keys(tmp_path: Path) -> None:
     assert found.ok
     assert found.samples == len(names)
     assert all(key.replace("_", "").replace("-", "").isalnum() for key in samples(tmp_path / "out"))
+
+
+@pytest.mark.parametrize(
+    ("package", "words", "fix"),
+    [
+        ("pyarrow", ["pack", str(SAVED)], r"pip install 'vmamba-dist\[tables\]'"),
+        ("numba", ["fractal"], r"pip install 'vmamba-dist\[fractals\]'"),
+    ],
+)
+def test_a_missing_extra_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str, words: list[str], fix: str
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    for module in ("vmamba_dist.data.tables", "vmamba_dist.data.datasets.fractals"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    with pytest.raises(ConfigError, match=fix):
+        command.main([*words, str(tmp_path / "out")])
 
 
 def test_the_command_packs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

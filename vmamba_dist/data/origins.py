@@ -11,6 +11,7 @@ import csv
 import hashlib
 import os
 import re
+import stat
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -76,21 +77,24 @@ def from_folder(root: Path) -> Content:
     groups = {top.name: _folders(top) for top in tops} if has_splits else {"": tops}
     classes = sorted({folder.name for folders in groups.values() for folder in folders})
     number = {name: i for i, name in enumerate(classes)}
-    paths: list[Path] = []
-    labels: list[int] = []
-    splits: list[str] = []
-    ignored: list[str] = []
+    files = _Files(root)
     for group, folders in groups.items():
         for folder in folders:
-            for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-                if path.suffix.lower() not in _SUFFIXES:
-                    ignored.append(str(path.relative_to(root)))
-                    continue
-                paths.append(path)
-                labels.append(number[folder.name])
-                splits.append(group)
-    names = [str(path.relative_to(root)) for path in paths]
-    return _of_files(root.resolve().name, classes, names, paths, labels, splits, ignored)
+            for name in _below(root, folder):
+                if not name.lower().endswith(_SUFFIXES) or not files.add(name, number[folder.name], group):
+                    files.ignored.append(name)
+    return files.content(root.resolve().name, classes)
+
+
+def _below(root: Path, folder: Path) -> list[str]:
+    """Names of the files below a folder, relative to the root, in the order of their parts; no file is looked at."""
+    found = [  # text: a million Path objects take a gigabyte
+        f"{prefix}/{name}"
+        for place, _, names in os.walk(folder)
+        for prefix in (os.path.relpath(place, root),)
+        for name in names
+    ]
+    return sorted(found, key=lambda name: name.split("/"))
 
 
 def _folders(root: Path) -> list[Path]:
@@ -134,57 +138,61 @@ def from_rows(path: Path, rows: Sequence[Row]) -> Content:
     else:
         number = {label: i for i, label in enumerate(labels)}
         classes = labels
-    paths: list[Path] = []
-    kept: list[Row] = []
-    ignored: list[str] = []
+    files = _Files(path.parent)
     for row in rows:
         if not row.path or not row.label:
             raise ConfigError(f"{path}, {row.where}: path {row.path!r}, label {row.label!r}: both are needed")
         if row.split and not re.fullmatch(r"[A-Za-z0-9_]+", row.split):
             raise ConfigError(f"{path}, {row.where}: split {row.split!r}: use letters, digits and _")
-        if "\0" in row.path:
+        if not row.path.lower().endswith(_SUFFIXES):
+            files.ignored.append(row.path)
+        elif "\0" in row.path or not files.add(row.path, number[row.label], row.split):
             raise ConfigError(f"{path}, {row.where}: no file {row.path!r}")
-        image = path.parent / row.path
-        if image.suffix.lower() not in _SUFFIXES:
-            ignored.append(row.path)
-            continue
-        if not image.is_file():
-            raise ConfigError(f"{path}, {row.where}: no file {row.path!r}")
-        paths.append(image)
-        kept.append(row)
-    return _of_files(
-        path.stem,
-        classes,
-        [row.path for row in kept],
-        paths,
-        [number[row.label] for row in kept],
-        [row.split for row in kept],
-        ignored,
-    )
+    return files.content(path.stem, classes)
 
 
-def _of_files(
-    name: str,
-    classes: Sequence[str],
-    names: Sequence[str],
-    paths: Sequence[Path],
-    labels: Sequence[int],
-    splits: Sequence[str],
-    ignored: Sequence[str],
-) -> Content:
-    keys = Keys()
-    return Content(
-        name=name,
-        classes=tuple(classes),
-        keys=[keys.new(str(Path(text).with_suffix(""))) for text in names],
-        splits=splits,
-        sizes=np.array([path.stat().st_size for path in paths], dtype=np.int64),
-        labels=labels,
-        load=lambda number: (paths[number].read_bytes(), labels[number]),
-        names=names,
-        stamp=stamp_of(paths),
-        ignored=tuple(ignored),
-    )
+class _Files:
+    """Image files below a root, listed with one look at each: that is what a list of millions costs."""
+
+    def __init__(self, root: Path) -> None:
+        self.ignored: list[str] = []
+        self._root = root
+        self._names: list[str] = []
+        self._labels: list[int] = []
+        self._splits: list[str] = []
+        self._sizes: list[int] = []
+        self._stamp = hashlib.sha256()
+
+    def add(self, name: str, label: int, split: str) -> bool:
+        """Add a file; False where there is no regular one."""
+        try:
+            status = (self._root / name).stat()
+        except FileNotFoundError:
+            return False
+        if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for, for ever
+            return False
+        self._names.append(name)
+        self._labels.append(label)
+        self._splits.append(split)
+        self._sizes.append(status.st_size)
+        self._stamp.update(os.fsencode(name) + f" {status.st_size} {status.st_mtime_ns}\n".encode())
+        return True
+
+    def content(self, name: str, classes: Sequence[str]) -> Content:
+        keys = Keys()
+        names, labels, root = self._names, self._labels, self._root
+        return Content(
+            name=name,
+            classes=tuple(classes),
+            keys=[keys.new(str(Path(text).with_suffix(""))) for text in names],
+            splits=self._splits,
+            sizes=np.array(self._sizes, dtype=np.int64),
+            labels=labels,
+            load=lambda number: ((root / names[number]).read_bytes(), labels[number]),
+            names=names,
+            stamp=self._stamp.hexdigest(),
+            ignored=tuple(self.ignored),
+        )
 
 
 def from_tars(path: Path) -> Content:
@@ -272,8 +280,8 @@ def stamp_of(paths: Iterable[Path]) -> str:
     """Say which files these are, by name, size and time of change."""
     stamp = hashlib.sha256()
     for path in paths:
-        stat = path.stat()
-        stamp.update(os.fsencode(path) + f" {stat.st_size} {stat.st_mtime_ns}\n".encode())
+        status = path.stat()
+        stamp.update(os.fsencode(path) + f" {status.st_size} {status.st_mtime_ns}\n".encode())
     return stamp.hexdigest()
 
 

@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vmamba_dist.config.schema import ConfigError
+from vmamba_dist.config.schema import ConfigError, UserError
 from vmamba_dist.data.index import (
     INFO,
     PACKING,
@@ -52,6 +52,10 @@ _MIB = 1 << 20
 _AHEAD = 4  # shards that a process may be ahead of the others
 
 Progress = Callable[[int, int], None]  # (shards done, of all)
+
+
+class WriteError(UserError, OSError):
+    """A set cannot be written: a full disk, a folder that is none; what is finished is kept."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +135,7 @@ def write_set(
     if workers is None:
         num_samples = sum(map(len, plan.splits.values()))
         workers = min(len(os.sched_getaffinity(0)), 1 + num_samples // WORTH_A_PROCESS)
-    with _take_folder(root, plan, overwrite):
+    with _writable(root), _take_folder(root, plan, overwrite):
         tasks = _tasks(plan)
         done = {task.filename: record for task in tasks if (record := _finished(root, task)) is not None}
         _remove_others(root, plan.name, keep=done)
@@ -191,6 +195,19 @@ def split_clusters(records: Sequence[ShardRecord], split: str) -> bool:
     for record in own:
         counts.update(dict(record.labels))
     return labels_cluster(sum(r.label_pairs for r in own), sum(r.num_samples - 1 for r in own), counts)
+
+
+@contextmanager
+def _writable(root: Path) -> Iterator[None]:
+    """Tell what the operating system refuses as the user's own matter; samples that cannot be read are told already."""
+    try:
+        yield
+    except UserError:
+        raise
+    except OSError as error:
+        raise WriteError(
+            f"{root} cannot be written: {error}; what is finished is kept for the next start"
+        ) from error
 
 
 def _tasks(plan: Plan) -> list[_Task]:
@@ -381,11 +398,14 @@ class _HashedFile(io.RawIOBase):
         return self._file.write(data)
 
     def close(self) -> None:
-        if not self.closed:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            self._file.close()
-        super().close()
+        if self.closed:
+            return
+        try:
+            with self._file:  # closed even where the disk is full and what is buffered cannot be written
+                self._file.flush()
+                os.fsync(self._file.fileno())
+        finally:
+            super().close()
 
 
 def _tar_writer(file: _HashedFile) -> tarfile.TarFile:
