@@ -23,7 +23,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, cast, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -256,8 +256,8 @@ class LargeIndex(Index):
         return int(self.table.lengths.sum(dtype=np.int64))
 
     @property
-    def lengths(self) -> NDArray[np.uint32]:
-        return self.table.lengths
+    def lengths(self) -> Sequence[int]:
+        return cast(Sequence[int], self.table.lengths)  # an array: as a list a million of them would take 40 MB
 
     @property
     def mean_bytes(self) -> float:
