@@ -32,7 +32,6 @@ from vmamba_dist.data.prepare import Decoder, TrainPreparation, decode_by_torchv
 from vmamba_dist.data.reader import Rows
 from vmamba_dist.data.shards import Index, pack, read_index
 from vmamba_dist.data.stream import TrainStream
-from vmamba_dist.train.sources import open_sources
 
 CPU = torch.device("cpu")
 PLAIN = AugmentConfig(crop=False, hflip=0, randaugment_ops=0)  # the whole image, only resized
@@ -458,6 +457,8 @@ def test_closing_ends_the_thread_however_far_it_is(index: Index) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="states what a machine without CUDA answers")
 def test_a_gpu_decoder_without_a_gpu_is_an_error_at_start(index: Index) -> None:
+    from vmamba_dist.train.sources import open_sources  # the others need no training loop
+
     cfg = load_config([f"data.train={index.root}", "data.decoder=gpu", "data.global_batch=12"])
     with pytest.raises(
         ConfigError, match=r"data\.decoder=gpu: nvJPEG needs a CUDA device, and this run is on cpu"

@@ -257,7 +257,9 @@ class LargeIndex(Index):
 
     @property
     def lengths(self) -> Sequence[int]:
-        return cast(Sequence[int], self.table.lengths)  # an array: as a list a million of them would take 40 MB
+        return cast(
+            Sequence[int], self.table.lengths
+        )  # an array: as a list a million of them would take 40 MB
 
     @property
     def mean_bytes(self) -> float:
