@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import io
 import struct
+import warnings
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -38,7 +39,6 @@ _PILLOW_ERRORS = (
     struct.error,
     zlib.error,
     Image.DecompressionBombError,
-    Image.DecompressionBombWarning,
 )
 
 
@@ -47,10 +47,14 @@ class DecodeError(ValueError):
 
 
 @contextmanager
-def _told() -> Iterator[None]:
-    """Turn whatever ends a decoding into DecodeError."""
+def _readable() -> Iterator[None]:
+    """Turn whatever a damaged file ends in inside Pillow into DecodeError.
+
+    Pillow's warnings, of EXIF that it passes over for example, say nothing: the image is as good without.
+    """
     try:
-        yield
+        with warnings.catch_warnings(action="ignore"):
+            yield
     except DecodeError:
         raise
     except UnidentifiedImageError as error:
@@ -64,16 +68,26 @@ def decode(data: bytes) -> Image.Image:
     return load(look(data))
 
 
-@_told()
+@_readable()
 def look(data: bytes) -> Image.Image:
     """Read an image's header and leave its pixels. Raises DecodeError, for too many pixels too."""
     image = Image.open(io.BytesIO(data), formats=FORMATS)
-    if image.width * image.height > MAX_PIXELS:
-        raise DecodeError(f"{image.width}×{image.height} px is more than {MAX_PIXELS} px")
+    _check_size(image)
     return image
 
 
-@_told()
+def check_header(data: bytes) -> tuple[str, int, int]:
+    """Read what a file's header says: (format, width, height). Raises DecodeError where decode() is sure to."""
+    with look(data) as image:
+        return str(image.format), image.width, image.height
+
+
+def _check_size(image: Image.Image) -> None:
+    if image.width * image.height > MAX_PIXELS:
+        raise DecodeError(f"{image.width}×{image.height} px is more than {MAX_PIXELS} px")
+
+
+@_readable()
 def load(image: Image.Image) -> Image.Image:
     """Read the pixels of what look() returned, upright and RGB. Raises DecodeError."""
     image.load()
@@ -81,7 +95,7 @@ def load(image: Image.Image) -> Image.Image:
     return _to_rgb(image)
 
 
-@_told()
+@_readable()
 def orientation(image: Image.Image) -> int:
     """Return EXIF's orientation, 1 … 8; 1 is upright, and what stands for none. Raises DecodeError."""
     if not ("exif" in image.info or "xmp" in image.info):

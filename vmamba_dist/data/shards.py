@@ -31,12 +31,11 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from vmamba_dist.config.schema import ConfigError
 from vmamba_dist.data import sources
 from vmamba_dist.data.datasets import digits
-from vmamba_dist.data.decode import FORMATS, DecodeError, decode
+from vmamba_dist.data.decode import DecodeError, check_header, decode
 from vmamba_dist.data.sources import BLOCK, Fault, LocalSource, local_path
 
 log = logging.getLogger(__name__)
@@ -529,16 +528,10 @@ def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
 
 def _header_fault(image: bytes) -> str:
     try:
-        with Image.open(io.BytesIO(image), formats=FORMATS):
-            return ""
-    except (
-        OSError,
-        SyntaxError,
-        ValueError,
-        Image.DecompressionBombError,
-        Image.DecompressionBombWarning,
-    ) as error:
-        return f"{type(error).__name__}: {error}"
+        check_header(image)
+        return ""
+    except DecodeError as error:
+        return str(error)
 
 
 def _write_whole(path: Path, data: bytes) -> None:
