@@ -483,8 +483,8 @@ class TestOnAGpu:
         (there,) = ondevice.decode_together([data], self.cuda)
         apart = (there.cpu().float() - to_tensor(decode(data)).float()).abs()
         assert there.shape == (3, 251, 333)
-        assert apart.mean() < 1.5
-        assert apart.quantile(0.99) < 12
+        assert apart.mean() < 3  # it upsamples colour in a plainer way
+        assert apart.quantile(0.99) < 30
 
     def test_batches_are_close_to_pillows_and_equal_for_every_number_of_workers(self, tmp_path: Path) -> None:
         (tmp_path / "images" / "a").mkdir(parents=True)
@@ -509,7 +509,9 @@ class TestOnAGpu:
         assert_same(alone, take("gpu", 3))
         for there, here in zip(alone, take("pil", 0), strict=True):
             assert there.keys == here.keys
-            assert (there.images.float() - here.images.float()).abs().mean() < 2
+            assert (there.images.float() - here.images.float()).abs().mean() < 4
+            shifted = there.images.roll(2, dims=3)
+            assert (shifted.float() - here.images.float()).abs().mean() > 8
 
     def test_broken_and_odd_jpegs_take_the_hosts_way(self, index: Index) -> None:
         made = stream(index, "gpu")
