@@ -187,7 +187,7 @@ def main() -> None:
         "--workers", type=int, default=max(1, (os.cpu_count() or 2) - 1), help="(default: cores - 1)"
     )
     parser.add_argument("--images", type=int, default=4096, help="in the shards (default %(default)s)")
-    parser.add_argument("--steps", type=int, default=60, help="timed, a stretch (default %(default)s)")
+    parser.add_argument("--steps", type=int, default=50, help="timed, a stretch (default %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="over all decoders (default %(default)s)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="write the table there too")
     # On a CPU, figures mean nothing.

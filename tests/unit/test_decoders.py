@@ -32,7 +32,6 @@ from vmamba_dist.data.prepare import Decoder, TrainPreparation, decode_by_torchv
 from vmamba_dist.data.reader import Rows
 from vmamba_dist.data.shards import Index, pack, read_index
 from vmamba_dist.data.stream import TrainStream
-from vmamba_dist.train.sources import open_sources
 
 CPU = torch.device("cpu")
 PLAIN = AugmentConfig(crop=False, hflip=0, randaugment_ops=0)  # the whole image, only resized
@@ -458,6 +457,8 @@ def test_closing_ends_the_thread_however_far_it_is(index: Index) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="states what a machine without CUDA answers")
 def test_a_gpu_decoder_without_a_gpu_is_an_error_at_start(index: Index) -> None:
+    from vmamba_dist.train.sources import open_sources  # the others need no training loop
+
     cfg = load_config([f"data.train={index.root}", "data.decoder=gpu", "data.global_batch=12"])
     with pytest.raises(
         ConfigError, match=r"data\.decoder=gpu: nvJPEG needs a CUDA device, and this run is on cpu"
@@ -482,8 +483,8 @@ class TestOnAGpu:
         (there,) = ondevice.decode_together([data], self.cuda)
         apart = (there.cpu().float() - to_tensor(decode(data)).float()).abs()
         assert there.shape == (3, 251, 333)
-        assert apart.mean() < 1.5
-        assert apart.quantile(0.99) < 12
+        assert apart.mean() < 3  # it upsamples colour in a plainer way
+        assert apart.quantile(0.99) < 30
 
     def test_batches_are_close_to_pillows_and_equal_for_every_number_of_workers(self, tmp_path: Path) -> None:
         (tmp_path / "images" / "a").mkdir(parents=True)
@@ -508,7 +509,9 @@ class TestOnAGpu:
         assert_same(alone, take("gpu", 3))
         for there, here in zip(alone, take("pil", 0), strict=True):
             assert there.keys == here.keys
-            assert (there.images.float() - here.images.float()).abs().mean() < 2
+            assert (there.images.float() - here.images.float()).abs().mean() < 4
+            shifted = there.images.roll(2, dims=3)
+            assert (shifted.float() - here.images.float()).abs().mean() > 8
 
     def test_broken_and_odd_jpegs_take_the_hosts_way(self, index: Index) -> None:
         made = stream(index, "gpu")

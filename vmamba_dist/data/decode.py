@@ -46,13 +46,6 @@ class DecodeError(ValueError):
     """The bytes are not an image that can be used."""
 
 
-def check_header(data: bytes) -> tuple[str, int, int]:
-    """Read what a file's header says: (format, width, height). Raises DecodeError where decode() is sure to."""
-    with _readable(), Image.open(io.BytesIO(data), formats=FORMATS) as image:
-        _check_size(image)
-        return str(image.format), image.width, image.height
-
-
 @contextmanager
 def _readable() -> Iterator[None]:
     """Turn whatever a damaged file ends in inside Pillow into DecodeError.
@@ -66,13 +59,8 @@ def _readable() -> Iterator[None]:
         raise
     except UnidentifiedImageError as error:
         raise DecodeError("undecodable image: no JPEG, PNG or WebP") from error
-    except _PILLOW_ERRORS as error:
+    except _PILLOW_ERRORS as error:  # a damaged file ends in any of these inside Pillow
         raise DecodeError(f"undecodable image: {type(error).__name__}: {stable(error)}") from error
-
-
-def _check_size(image: Image.Image) -> None:
-    if image.width * image.height > MAX_PIXELS:
-        raise DecodeError(f"{image.width}×{image.height} px is more than {MAX_PIXELS} px")
 
 
 def decode(data: bytes) -> Image.Image:
@@ -86,6 +74,17 @@ def look(data: bytes) -> Image.Image:
     image = Image.open(io.BytesIO(data), formats=FORMATS)
     _check_size(image)
     return image
+
+
+def check_header(data: bytes) -> tuple[str, int, int]:
+    """Read what a file's header says: (format, width, height). Raises DecodeError where decode() is sure to."""
+    with look(data) as image:
+        return str(image.format), image.width, image.height
+
+
+def _check_size(image: Image.Image) -> None:
+    if image.width * image.height > MAX_PIXELS:
+        raise DecodeError(f"{image.width}×{image.height} px is more than {MAX_PIXELS} px")
 
 
 @_readable()

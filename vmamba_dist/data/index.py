@@ -142,7 +142,7 @@ class Index:
         return sum(shard.num_samples for shard in self.shards)
 
     @property
-    def lengths(self) -> Sequence[int] | NDArray[np.uint32]:
+    def lengths(self) -> Sequence[int]:
         return [shard.num_samples for shard in self.shards]
 
     @property

@@ -3,7 +3,7 @@
 Law: a row is a function of its bytes and its draw, never of the batch around it; what the device cannot decode, the
 host reads anew and decodes with Pillow, and what that cannot either is replaced as any bad sample.
 
-nvJPEG comes through torchvision; its pixels differ from libjpeg's by a level or two. All that follows gives the bytes
+nvJPEG comes through torchvision; its pixels differ a little from libjpeg's. All that follows gives the bytes
 that Pillow would give (pixels.py). Decoding runs in a thread with a CUDA stream of its own, so that the training
 stream never waits for the host.
 """
@@ -50,9 +50,9 @@ def decode_together(jpegs: Sequence[bytes], device: torch.device) -> list[Tensor
 
 
 def _try_decoding(device: torch.device) -> None:
-    """Decode a small JPEG. Raises ConfigError where torchvision cannot."""
+    """Decode a JPEG. Raises ConfigError where torchvision cannot."""
     small = io.BytesIO()
-    Image.new("RGB", (16, 16)).save(small, "JPEG")
+    Image.new("RGB", (256, 256)).save(small, "JPEG")
     try:
         decode_together([small.getvalue()], device)
     except RuntimeError as error:

@@ -6,7 +6,8 @@ a missing one is an error, and a short one counts as bad samples, when they are 
 
 `_index-SPLIT.bin`, little-endian, for S shards and N samples:
     8 bytes `VMINDX01` · u64 S · u64 N · u64 length of the text · u64 length of the names · 32 bytes fingerprint
-    the text: JSON with name, num_classes, classes, and info_bytes, the length of `_info.json`; padded to 8 bytes
+    the text: JSON with name, num_classes, classes, warnings of the index, and info_bytes, the length of `_info.json`;
+    padded to 8 bytes
     u64 × S   bytes a shard
     u32 × S   samples a shard
     u32 × S   where each shard's name ends among the names
@@ -23,7 +24,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, cast, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,6 +54,7 @@ def write(index: Index) -> Path:
         "name": index.name,
         "num_classes": index.num_classes,
         "classes": list(index.class_names),
+        "warnings": list(index.warnings),
         "info_bytes": (index.root / INFO).stat().st_size,
     }
     words = json.dumps(text).encode()
@@ -100,6 +102,8 @@ def open_index(folder: str | Path, split: str = "train", *, key: str = "data.tra
             "%s belongs to another %s, or its offsets are gone: it is left alone", path_of(root, found), INFO
         )
         return read_index(folder, split, key=key)
+    for warning in index.warnings:
+        log.warning("%s", warning)
     return index
 
 
@@ -146,6 +150,7 @@ def _read(root: Path, path: Path, split: str) -> LargeIndex | None:
         num_classes=text["num_classes"],
         class_names=tuple(text["classes"]),
         offsets=bounds,
+        warnings=tuple(text["warnings"]),
         hashed=fingerprint,
     )
 
@@ -256,8 +261,10 @@ class LargeIndex(Index):
         return int(self.table.lengths.sum(dtype=np.int64))
 
     @property
-    def lengths(self) -> NDArray[np.uint32]:
-        return self.table.lengths
+    def lengths(self) -> Sequence[int]:
+        return cast(
+            Sequence[int], self.table.lengths
+        )  # an array: as a list a million of them would take 40 MB
 
     @property
     def mean_bytes(self) -> float:
