@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import io
 import logging
+import struct
 import threading
+import zlib
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -101,6 +103,21 @@ def tones() -> np.ndarray:
     return np.stack([x * 10, y * 15, (x + y) * 6], axis=2).astype(np.uint8)
 
 
+def deep_png(pixels: np.ndarray) -> bytes:
+    """A PNG of 16-bit colour, (H, W, 3) uint16, which Pillow reads and does not write."""
+
+    def chunk(name: bytes, content: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+        )
+
+    height, width, _ = pixels.shape
+    lines = b"".join(b"\0" + line.astype(">u2").tobytes() for line in pixels)
+    header = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)
+    ends = chunk(b"IDAT", zlib.compress(lines)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + ends
+
+
 def kinds() -> dict[str, tuple[bytes, np.ndarray]]:
     """Name → (file, the RGB that the rule promises), for what is not plain colour."""
     rgb = tones()
@@ -123,6 +140,7 @@ def kinds() -> dict[str, tuple[bytes, np.ndarray]]:
     la_over = ((grey.astype(int) * alpha + 255 * (255 - alpha.astype(int))) / 255).round()
     return {
         "16-bit grey": (encoded(Image.fromarray(wide), "PNG"), repeated),
+        "16-bit colour": (deep_png(rgb.astype(np.uint16) * 256 + 200), rgb),
         "grey": (encoded(Image.fromarray(grey), "PNG"), repeated),
         "grey jpeg": (
             jpeg := encoded(Image.fromarray(grey), quality=95),

@@ -4,8 +4,8 @@ Law: whatever bytes come in, the answer is an RGB image or DecodeError; nothing 
 more than MAX_PIXELS are ever unpacked.
 
 What comes out: the orientation of EXIF is applied. Greyscale is repeated over three channels, 16-bit
-greyscale scaled to 8 first. A palette is looked up; CMYK and YCbCr are converted as Pillow does, without
-colour profiles. Alpha, and a palette's or PNG's transparent colour, lie over white.
+greyscale scaled to 8 first; of 16-bit colour the upper byte is taken. A palette is looked up; CMYK and YCbCr are
+converted as Pillow does, without colour profiles. Alpha, and a palette's or PNG's transparent colour, lie over white.
 """
 
 from __future__ import annotations

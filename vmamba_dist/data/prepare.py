@@ -96,10 +96,12 @@ class TrainPreparation:
             return self._transform.finish(resized, draw.operations)
         pixels = upright(decode_by_torchvision(data), turn)
         pixels = pixels[:, top : top + height, left : left + width]
-        resized_pixels = F.resize(pixels, [self._size, self._size], self._how, antialias=True)
-        return self._transform.finish(
-            Image.fromarray(resized_pixels.permute(1, 2, 0).contiguous().numpy()), draw.operations
-        )
+        # Channels last, as Pillow will want the result: another layout would have to be turned round, at full size.
+        pixels = pixels.permute(1, 2, 0).contiguous().permute(2, 0, 1)
+        made: Tensor = F.resize(pixels, [self._size, self._size], self._how, antialias=True)
+        if not draw.operations:
+            return made
+        return self._transform.finish(Image.fromarray(made.permute(1, 2, 0).numpy()), draw.operations)
 
     def _say(self, image: Image.Image) -> None:
         if not self._said[0]:
