@@ -14,13 +14,14 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 export VENV PIP_ARGS CONSTRAINTS TORCH_INDEX PYTHON
 
-.PHONY: help install quickstart test test-full soak check format clean
+.PHONY: help install quickstart test test-full test-slurm soak check format clean
 
 help:
 	@echo "make install     the environment in $(VENV), once"
 	@echo "make quickstart  train on handwritten digits, two processes, under two minutes"
 	@echo "make test        the tests that need neither GPU nor Slurm"
 	@echo "make test-full   the same and the slow ones"
+	@echo "make test-slurm  jobs on a real Slurm of four virtual nodes; root on a Debian, installs Slurm's packages"
 	@echo "make soak        hundreds of kills; takes hours"
 	@echo "make check       format, lint, types, import direction"
 	@echo "make format      format the code"
@@ -37,6 +38,9 @@ test: install
 
 test-full: install
 	$(PYTEST) -m "not (gpu or multigpu or soak or slurm)"
+
+test-slurm: install
+	$(PYTEST) -m slurm tests/slurm
 
 soak: install
 	$(PYTEST) --timeout=0 -m soak

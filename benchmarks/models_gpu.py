@@ -26,7 +26,7 @@ from vmamba_dist.models import create_model
 Report = tuple[str, str, list[str]]  # name, title, lines
 
 VMAMBA, SWIN, CONVNEXT, OFFICIAL = "vmamba", "swin", "convnext", "official"
-ENGINES = ("eager", "compiled", "graphed")
+ENGINES = ("eager", "replayed", "compiled", "graphed")
 CONTENDERS = (VMAMBA, SWIN, CONVNEXT)
 TIMM = {SWIN: "swin_tiny_patch4_window7_224", CONVNEXT: "convnext_tiny"}
 TITLES = {
@@ -58,7 +58,9 @@ class Setting:
     """What every part needs to know."""
 
     device: Device
-    engine: str  # eager, compiled, or graphed: compiled and replayed as CUDA graphs, so that no launch is waited for
+    engine: (
+        str  # eager, compiled, and either as CUDA graphs, so that no launch is waited for: replayed, graphed
+    )
     contenders: Sequence[str]
     official: Official | None
     repetitions: int
@@ -102,12 +104,13 @@ class Workload:
         self.model = model.train(training)
         self.call: Callable[[Tensor], Tensor] = self.model
         self.graphed = setting.engine == "graphed"
-        if setting.engine != "eager":
+        if setting.engine in ("compiled", "graphed"):
             if setting.device.rehearsing:
                 self.call = torch.compile(self.model, dynamic=False, backend="aot_eager")
             else:
                 mode = "reduce-overhead" if self.graphed else None
                 self.call = torch.compile(self.model, dynamic=False, mode=mode)
+        self.replayed = setting.engine == "replayed" and not setting.device.rehearsing
         self.optimizer = (
             torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.05, fused=True)
             if training
@@ -119,22 +122,39 @@ class Workload:
         self.images = self.images.contiguous(memory_format=torch.channels_last)
         return self
 
+    def capture(self) -> None:
+        """Record the model's forward and backward, or its inference, once; `call` replays them from then on."""
+        if self.optimizer is not None:
+            with self.precision():
+                self.call = torch.cuda.make_graphed_callables(self.model, (self.images,))
+            return
+        graph, eager = torch.cuda.CUDAGraph(), self.call
+        with torch.no_grad(), self.precision(), torch.cuda.graph(graph):
+            eager(self.images)
+        self.call = lambda images: graph.replay()
+
+    def precision(self) -> torch.autocast:
+        # A cast that autocast caches in one graph would not be made in the next.
+        return torch.autocast(self.images.device.type, torch.bfloat16, cache_enabled=not self.replayed)
+
     def run(self) -> None:
         if self.graphed:
             torch.compiler.cudagraph_mark_step_begin()
-        kind = self.images.device.type
         if self.optimizer is None:
-            with torch.no_grad(), torch.autocast(kind, torch.bfloat16):
+            with torch.no_grad(), self.precision():
                 self.call(self.images)
             return
         self.optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(kind, torch.bfloat16):
+        with self.precision():
             loss = F.cross_entropy(self.call(self.images), self.labels)
         loss.backward()
         self.optimizer.step()
 
     def warm_up(self) -> None:
         for _ in range(3):
+            self.run()
+        if self.replayed:
+            self.capture()
             self.run()
 
 

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import vmamba_dist.models.ss2d
+import vmamba_dist.models.vmamba
 from vmamba_kernels import selective_scan, ss2d_scan
 from vmamba_kernels.testing import ImageShape
 
@@ -111,8 +112,11 @@ def materialised_scan(
 
 @contextmanager
 def materialising_model() -> Iterator[None]:
-    """Let every SS2D run its scan through `materialised_scan`."""
-    with patch.object(vmamba_dist.models.ss2d, "ss2d_scan", materialised_scan):
+    """Let every SS2D run its scan through `materialised_scan`, in blocks that are composed of their modules."""
+    with (
+        patch.object(vmamba_dist.models.ss2d, "ss2d_scan", materialised_scan),
+        patch.object(vmamba_dist.models.vmamba.Block, "_fuses", lambda self, x: False),
+    ):
         yield
 
 

@@ -1,4 +1,4 @@
-"""Say how far a run is: python launch/status.py runs/quickstart."""
+"""Say how runs are: python launch/status.py [ROOT | RUN …] [--json]; one run in a few lines, several as a table."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Start a run as a job: python launch/submit.py config=configs/quickstart.yaml [key=value …] [--dry-run]."""
+"""Start a run as a job: python launch/submit.py config=configs/quickstart.yaml [key=value …] [--dry-run] [--follow]."""
 
 import sys
 

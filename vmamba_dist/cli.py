@@ -41,8 +41,8 @@ VERBS = {
     ),
     "submit": Verb(
         "vmamba_dist.cluster.submit:main",
-        "config=FILE [key=value …] [--dry-run]",
-        "start the same run as a job and show its progress",
+        "config=FILE [key=value …] [--dry-run] [--follow]",
+        "start the same run as a job, here and shown, or on Slurm",
     ),
     "eval": Verb(
         "vmamba_dist.train.evaluate:main",
@@ -71,6 +71,22 @@ VERBS = {
         "vmamba_dist.scaling.command:main",
         "config=FILE gpus=N gpu=KIND [node=N] [network=GB/s] [samples=N] [price=PER_GPU_HOUR] [key=value …]",
         "memory, time and cost of a run before it is paid for, and the micro-batch that fits",
+    ),
+    "runs": Verb(
+        "vmamba_dist.cluster.status:main",
+        "[ROOT | RUN …] [--json]",
+        "how runs are: state, step, loss, speed, last checkpoint, starts",
+    ),
+    "study": Verb(
+        "vmamba_dist.scaling.verbs:main",
+        "plan | run | fit | report | predict …",
+        "scaling studies: what they cost, the law that their runs follow, what it predicts",
+        own_help=True,
+    ),
+    "search": Verb(
+        "vmamba_dist.cluster.search:main",
+        "config=FILE search.space.KEY=SPACE … [search.method=random|halving] [search.trials=N] [key=value …]",
+        "search hyper-parameters, at random or by successive halving",
     ),
     "doctor": Verb(
         "vmamba_dist.doctor:main",

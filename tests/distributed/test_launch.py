@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -143,6 +144,34 @@ def test_the_same_run_three_ways(words: list[str], tmp_path: Path) -> None:
     decided = ("step", "epoch", "samples", "loss", "lr", "grad_norm")
     ours, theirs = ([[line[key] for key in decided] for line in steps(run)] for run in (broken, whole))
     assert [line[0] for line in ours] == list(range(1, end + 1))
+    assert ours == theirs
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def test_torchrun_on_two_machines_is_torchrun_on_one(words: list[str], tmp_path: Path) -> None:
+    """Two agents, as two machines start them, with a process each: the numbers of one agent with two."""
+    apart, together = tmp_path / "run", tmp_path / "together"
+    line = [*TORCHRUN[:3], "--nnodes=2", "--nproc-per-node=1", "--master-addr=127.0.0.1"]
+    line.append(f"--master-port={free_port()}")
+    tail = ["-m", "vmamba_dist.train", *words, "run.max_steps=4"]
+    agents = [start([*line, f"--node-rank={rank}", *tail]) for rank in range(2)]
+    try:
+        for agent in agents:
+            _, err = agent.communicate(timeout=LIMIT_S)
+            assert agent.returncode == 0, err
+    finally:
+        for agent in agents:
+            agent.kill()
+    code, _, err = finish([*TORCHRUN, *words, f"run.dir={together}", "run.max_steps=4"])
+    assert code == 0, err
+    decided = ("step", "epoch", "samples", "loss", "lr", "grad_norm")
+    ours, theirs = ([[line[key] for key in decided] for line in steps(run)] for run in (apart, together))
+    assert len(ours) == 4
     assert ours == theirs
 
 

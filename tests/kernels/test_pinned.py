@@ -31,6 +31,7 @@ from vmamba_kernels.ss2d import fused, pinned, tiles
 from vmamba_kernels.testing import ImageShape
 
 MODULES = (
+    "vmamba_kernels.rows.pinned",
     "vmamba_kernels.ss2d.pinned",
     "vmamba_kernels.scan.triton_fwd",
     "vmamba_kernels.scan.triton_bwd",

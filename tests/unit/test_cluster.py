@@ -126,7 +126,7 @@ def test_a_gpu_has_one_process_and_asking_for_gpus_asks_for_cuda() -> None:
             ["launch.gpus_per_node=2", "launch.tasks_per_node=4"],
             "launch.tasks_per_node=4: a GPU has one process",
         ),
-        (["launch.nodes=2"], "launch.nodes=2: this version starts jobs on one machine"),
+        (["launch.nodes=2", "launch.cluster=local"], "launch.nodes=2: launch.cluster=local is one machine"),
     ):
         with pytest.raises(ConfigError, match=says):
             plan("submit", words)

@@ -70,6 +70,23 @@ def test_only_what_changes_the_trajectory_is_in_the_digest() -> None:
         assert keys(word) == set(), word
 
 
+def test_a_field_that_came_later_is_in_the_digest_only_where_it_is_set() -> None:
+    """A checkpoint of an earlier version, which knows no such field, is still one of this config."""
+    plain = trajectory(Config())
+    for word in ("schedule.kind=wsd", "schedule.samples=640", "model.width=24", "model.depths=[1,1,2,1]"):
+        key, _, _ = word.partition("=")
+        assert key not in plain
+        assert set(trajectory(load([word]))) - set(plain) == {key}
+
+
+def test_lists_of_any_length_load_and_check_each_element() -> None:
+    assert load(["study.widths=[8,16,24]"]).study.widths == (8, 16, 24)
+    assert from_dict(to_dict(load(["study.lrs=[1e-3]"]))).study.lrs == (1e-3,)
+    for word in ("study.widths=8", "study.widths=[8,x]", "study.models=vmamba_atto"):
+        with pytest.raises(ConfigError, match=r"study\.(widths|models)"):
+            load([word])
+
+
 def test_every_group_and_field_is_documented_where_it_is_defined() -> None:
     source = (ROOT / "vmamba_dist/config/schema.py").read_text()
     for group, cls in typing.get_type_hints(Config).items():

@@ -399,9 +399,10 @@ def test_timm_can_decay_rates_by_depth() -> None:
     assert len(by_stage) == 6  # stem, four stages, classifier
 
 
-def test_a_single_token_is_halved_with_right_gradients_in_bfloat16() -> None:
+@pytest.mark.parametrize("height", [1, 2, 3])
+def test_a_single_column_is_halved_with_right_gradients_in_bfloat16(height: int) -> None:
     """A convolution of stride 2 gave its weights, in bfloat16, what lay in memory: here 1e30."""
-    halve, x = _atto().layers[2].downsample, golden_tensor("token", (12, 1, 1, 64)).float()
+    halve, x = _atto().layers[2].downsample, golden_tensor("token", (12, height, 1, 64)).float()
     found = {}
     for enabled in (False, True, True, True):
         halve.zero_grad()

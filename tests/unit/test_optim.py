@@ -1,17 +1,18 @@
 """The lr is a function of samples; decay is a function of names; a step with a non-finite norm is not one."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
 
-from vmamba_dist.config.schema import OptimConfig, ScheduleConfig
+from vmamba_dist.config.schema import ConfigError, OptimConfig, ScheduleConfig
 from vmamba_dist.core.dist import World
 from vmamba_dist.models import create_model
 from vmamba_dist.objectives.base import Inputs
 from vmamba_dist.objectives.classify import Classify
 from vmamba_dist.optim.groups import build_optimizer, decays
-from vmamba_dist.optim.schedule import build_schedule
+from vmamba_dist.optim.schedule import Schedule, build_schedule, total_samples
 from vmamba_dist.parallel.ddp import DdpEngine
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
@@ -38,6 +39,56 @@ def test_the_papers_lr_scales_with_the_batch() -> None:
     assert schedule(20 * 1000) == pytest.approx(1e-3)
     assert schedule(0) == pytest.approx(1e-6)
     assert schedule(300 * 1000) == pytest.approx(1e-5)
+
+
+def wsd(total: int, **fields: Any) -> Schedule:
+    given: dict[str, Any] = {"kind": "wsd", "warmup_samples": 100, "decay": 0.2, "min_lr_ratio": 0.0} | fields
+    return build_schedule(
+        ScheduleConfig(**given), OptimConfig(lr=1.0, lr_batch=0), global_batch=10, total_samples=total
+    )
+
+
+def test_warm_up_then_constant_then_decay_by_one_minus_the_square_root() -> None:
+    schedule = wsd(1000, warmup_lr_ratio=0.0)
+    assert schedule(50) == pytest.approx(0.5)
+    assert {schedule(n) for n in range(100, 801, 10)} == {1.0}
+    assert schedule(850) == pytest.approx(0.5)  # a quarter of the decay: 1 - sqrt(1/4)
+    assert schedule(1000) == schedule(2000) == pytest.approx(0)
+
+
+@pytest.mark.parametrize("total", [500, 770, 999, 5000])
+def test_budgets_share_their_lr_until_the_first_decays(total: int) -> None:
+    """Law of branching."""
+    long, short = wsd(5001), wsd(total)
+    assert all(long(n) == short(n) for n in range(0, short.decays_from + 1, 10))
+    assert short(short.decays_from + 10) < long(short.decays_from + 10)
+    assert long.same_until(short, short.decays_from)
+    assert short.same_until(long, short.decays_from)
+    assert not long.same_until(short, short.decays_from + 1)
+
+
+def test_schedules_that_differ_before_are_not_the_same() -> None:
+    ours = wsd(1000)
+    assert ours.same_until(ours, 1000)
+    for other in (
+        wsd(1000, warmup_samples=101),
+        wsd(2000, warmup_samples=None),
+        wsd(1000, warmup_lr_ratio=0.5),
+        wsd(1000, kind="cosine"),
+    ):
+        assert not ours.same_until(other, 200)
+
+
+def test_a_budget_in_samples_is_cut_to_whole_steps() -> None:
+    def budget(**fields: Any) -> int:
+        return total_samples(ScheduleConfig(**fields), global_batch=32, steps_per_epoch=10)
+
+    assert budget(epochs=3) == 960
+    assert budget(samples=1000) == 31 * 32
+    with pytest.raises(ConfigError, match=r"less than one step of data\.global_batch=32"):
+        budget(samples=31)
+    with pytest.raises(ConfigError, match="the whole run has 90"):
+        wsd(90)
 
 
 def test_decay_by_official_shape_or_sparing_the_recurrence() -> None:

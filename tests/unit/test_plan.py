@@ -31,6 +31,7 @@ from vmamba_dist.core.dist import World
 from vmamba_dist.core.gpus import GPUS, gpu_named, peak_tflops_of
 from vmamba_dist.data.order import choose_accumulate
 from vmamba_dist.models import flops, list_models
+from vmamba_dist.models.ss2d import LayerNorm
 from vmamba_dist.models.variants import Variant, get_variant
 from vmamba_dist.models.vmamba import VMamba, create_model
 from vmamba_dist.objectives.base import Inputs
@@ -70,6 +71,8 @@ def _fake_model(device: str, policy: Policy, variant: Variant, pattern: Any) -> 
             if parameter is not None:
                 setattr(module, name, nn.Parameter(torch.empty(parameter.shape, device=device)))
     apply_recompute(model, policy)
+    for block in model.blocks():
+        block.fuse = "never" if block.fuse == "never" else "always"  # as it is by itself on a GPU
     return model
 
 
@@ -149,9 +152,10 @@ def _planned_peak(
 
 @pytest.fixture
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Cut scans as on an H100 where there is no GPU to ask."""
+    """Cut scans and take norms as on an H100 where there is no GPU to ask."""
     if not CUDA:
         monkeypatch.setattr(tiles, "generation", lambda device: GENERATION)
+        monkeypatch.setattr(LayerNorm, "_by_rows", lambda self, x, dtype: True)
 
 
 _slow = pytest.mark.slow
@@ -219,8 +223,8 @@ def test_other_architectures_and_precisions(
     assert _planned_peak(*given) == pytest.approx(_step(*given, ours=True), rel=0.03)
 
 
-@pytest.mark.parametrize(("policy", "mib"), [("off", 11042), ("block", 3860)])
-def test_memory_is_what_an_h200_allocated(policy: Policy, mib: int) -> None:
+@pytest.mark.parametrize(("policy", "mib"), [("off", 5809), ("block", 3644)])
+def test_memory_is_what_an_h100_allocated(policy: Policy, mib: int) -> None:
     """VMamba-T, batch 128, without drop path and average: benchmarks/results/memory_eager_gpu.md, "fused"."""
     held = memory(job("data.global_batch=128", "model.drop_path=0", "ema.enabled=false"), policy, 128)
     assert held.allocated / 2**20 == pytest.approx(mib, rel=0.03)
@@ -464,10 +468,10 @@ def test_no_way_out_is_said() -> None:
 
 
 def test_the_measured_step_is_given_back() -> None:
-    """1,928 images/s: benchmarks/results/models_eager_gpu.md, VMamba-T in training."""
-    asked = job("data.global_batch=128", "ema.enabled=false", "model.drop_path=0")
+    """2,807 images/s: benchmarks/results/models_replayed_gpu.md, VMamba-T in training."""
+    asked = job("data.global_batch=128", "ema.enabled=false", "model.drop_path=0", gpu="h100-80")
     found = cost(asked, "off", 128, Place(8, 50.0))
-    assert found.images_per_s == pytest.approx(1928, rel=0.03)
+    assert found.images_per_s == pytest.approx(2807, rel=0.03)
     flop = 6 * flops.macs("vmamba_tiny_s1l8", 224, 224) * 128
     assert found.mfu == pytest.approx(flop / found.step / 989e12)
 

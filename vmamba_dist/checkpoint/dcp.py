@@ -29,6 +29,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
+from torch.utils.serialization import config
 
 from vmamba_dist.checkpoint import store
 from vmamba_dist.checkpoint.chunks import Chunk, whole
@@ -48,7 +49,10 @@ def write_chunks(sources: Mapping[Chunk, Source], path: Path, rank: int) -> list
     plan = writer.prepare_global_plan([SavePlan([])] * rank + [plan])[rank]
     planner = _Asks({_index(chunk): source for chunk, source in sources.items()})
     try:
-        results: list[WriteResult] = writer.write_data(plan, planner).wait()
+        # torch.save would take a checksum of each tensor under Python's lock, with training waiting for it; ours
+        # are the manifest's. The setting is this thread's (with torch 2.11 the process's, for so long).
+        with config.patch("save.compute_crc32", False):  # type: ignore[attr-defined]
+            results: list[WriteResult] = writer.write_data(plan, planner).wait()
     except RuntimeError as error:
         # torch.save hides an OSError of the file behind its own complaint.
         hidden = _hidden_os_error(error)

@@ -24,8 +24,10 @@ from torch import Tensor
 from vmamba_dist.checkpoint import dcp, store
 from vmamba_dist.checkpoint.chunks import Chunk, deal, whole
 from vmamba_dist.checkpoint.store import Manifest, Meta
+from vmamba_dist.config import from_dict
 from vmamba_dist.config.schema import ConfigError
 from vmamba_dist.models.official import load_official, official_shapes
+from vmamba_dist.models.variants import overrides_of
 from vmamba_dist.models.vmamba import VMamba, create_model
 
 BACKBONE = "backbone."  # of an objective's names: the rest is the model's own
@@ -56,12 +58,13 @@ class Source:
 
 def rebuilt(meta: Meta) -> VMamba:
     """The backbone that a checkpoint is of, on the meta device."""
-    config = meta.extra["config"]["model"]
+    model = from_dict({"model": meta.extra["config"]["model"]}).model
     with torch.device("meta"):
         return create_model(
-            config["name"],
+            model.name,
             num_classes=int(meta.trajectory["num_classes (resolved)"]),
-            scan_pattern=config["scan_pattern"],
+            scan_pattern=model.scan_pattern,
+            **overrides_of(model),
         )
 
 

@@ -1,7 +1,8 @@
 """Stay with a job: show its log, pass on the wish to stop, end with its exit code.
 
 Law: a follower never decides what is saved. It asks (SIGTERM to the controller, which passes it to every
-rank), waits, and reports; what it cannot learn from the job it says it does not know.
+rank), waits, and reports; what it cannot learn from the job it says it does not know. Of a job on Slurm it is only a
+reader: Ctrl-C leaves the job alone.
 """
 
 from __future__ import annotations
@@ -20,12 +21,14 @@ from types import FrameType
 
 import submitit
 
-from vmamba_dist.cluster.job import FAILED, Report, pid_file
+from vmamba_dist.cluster import ledger, slurm
+from vmamba_dist.cluster.job import FAILED, MISUSED, Report, pid_file
 from vmamba_dist.core.log import Bar, progress_bar
 
 REQUEUE = 75  # EX_TEMPFAIL: stopped and saved, start it again
 GRACE_S = 15.0  # for the other ranks, once one has failed, or to begin, once asked to stop
 _POLL_S = 0.2
+_SLURM_POLLS = 10  # of the log between two questions to the controller
 STEP = re.compile(r" step (\d+)/(\d+)  ")  # as train/record.py logs it
 
 
@@ -143,6 +146,40 @@ def stay_with(job: submitit.Job[Report], tasks: int, log: Path, *, since: int) -
             time.sleep(_POLL_S)
         _show(tail, bar)
     return _conclude(ranks, asked=heard > 0)
+
+
+def watch_slurm(job: str, run: Path, log: Path, *, since: int) -> int:
+    """Show the lines that `log` gains after `since` bytes until nothing follows the job; return how it ended.
+
+    0 finished, 2 misused, 1 else; Ctrl-C leaves the job alone and returns 0.
+    """
+    tail = Tail(log, since)
+    told: tuple[str, str] | None = None
+    ended = 0
+    try:
+        with progress_bar(None) as bar:
+            while ended < 2:  # twice: a job that is requeued may look ended for a moment
+                state = slurm.job_state(job)
+                ended = ended + 1 if state is None or state.ended else 0
+                if state is not None and (state.state, state.reason) != told:
+                    told = (state.state, state.reason)
+                    because = "" if state.reason == "None" else f" ({state.reason})"
+                    print(f"job {job}: {state.state.lower()}{because}", flush=True)
+                for _ in range(_SLURM_POLLS):
+                    _show(tail, bar)
+                    time.sleep(_POLL_S)
+                last = ledger.last(run)
+                if last is not None and last.event == "resubmitted" and ended == 2:
+                    job, told, ended = last.successor, None, 0
+    except KeyboardInterrupt:
+        print(f"job {job} goes on; to stop it: scancel {job}", flush=True)
+        return 0
+    last = ledger.last(run)
+    if last is not None and last.verdict == "done":
+        return 0
+    why = f"{last.verdict}: {last.why}" if last is not None and last.event == "end" else "it said nothing"
+    print(f"vmamba: job {job} has ended: {why}; log: {log}", file=sys.stderr)
+    return last.code if last is not None and last.code == MISUSED else FAILED
 
 
 def _signal(pid: int, number: signal.Signals) -> None:

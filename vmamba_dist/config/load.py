@@ -23,6 +23,7 @@ from vmamba_dist.config.addresses import WHERE, is_secret, redact
 from vmamba_dist.config.schema import Config, ConfigError
 
 _PACKAGE = Path(__file__).resolve().parent.parent
+_BESIDE = {"sweep": "python launch/sweep.py", "search": "vmamba search"}  # groups that are no run's
 
 
 def find_config(name: str) -> Path:
@@ -45,7 +46,56 @@ def load(args: Sequence[str], *, base: Mapping[str, Any] | None = None) -> Confi
 
     Raises ConfigError naming the key, the value and the fix.
     """
-    merged: Any = OmegaConf.create(dict(base or {}))
+    return from_dict(_read(args, base or {}))
+
+
+def load_beside(args: Sequence[str], group: str) -> tuple[Config, dict[str, Any]]:
+    """Build the Config for words, and apart from it what they say of a group of its own, as `sweep`.
+
+    That group's keys come flat (`{"parallel": 2, "optim.lr": [1e-3, 2e-3]}`): they may repeat a config key, whose
+    value is then taken whole. Raises ConfigError as `load` does.
+    """
+    prefix = f"{group}."
+    plain = _read([word for word in args if not word.startswith(prefix)], {})
+    flat = _flat(plain.pop(group, None) or {}, group)
+    for word in (word for word in args if word.startswith(prefix)):
+        # One by one: beside each other, parallel=2 and parallel.engine=[…] would be a value and a group.
+        flat |= _flat(_read([word], {})[group], group)
+    return from_dict(plain), flat
+
+
+def known_keys() -> list[str]:
+    """Every key of a config, as group.key."""
+    return list(_leaves(Config, ""))
+
+
+def nearest_key(key: str) -> str:
+    """The known key that somebody who wrote `key` may have meant, as words for a message; "" without one."""
+    near = difflib.get_close_matches(key, known_keys(), n=1, cutoff=0.4)
+    return f"did you mean {near[0]}?" if near else ""
+
+
+def _flat(values: Any, group: str) -> dict[str, Any]:
+    if not isinstance(values, Mapping):
+        raise ConfigError(
+            f"{group}={values!r}: this is a group; set its keys, for example {group}.optim.lr=…"
+        )
+    known = set(known_keys())
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        parts = str(key).split(".")
+        is_leaf = any(".".join(parts[i:]) in known for i in range(len(parts)))  # space.optim.lr is optim.lr's
+        if is_leaf or not isinstance(value, Mapping):
+            flat[str(key)] = value
+            continue
+        for inner, deep in value.items():
+            flat |= _flat({f"{key}.{inner}": deep}, group)
+    return flat
+
+
+def _read(args: Sequence[str], base: Mapping[str, Any]) -> dict[str, Any]:
+    """The nested plain values of words over `base`, not yet checked."""
+    merged: Any = OmegaConf.create(dict(base))
     words: list[str] = []
     try:
         for word in args:
@@ -57,6 +107,9 @@ def load(args: Sequence[str], *, base: Mapping[str, Any] | None = None) -> Confi
             else:
                 words.append(word)
         merged = OmegaConf.merge(merged, OmegaConf.from_dotlist(words))
+        preset = OmegaConf.select(merged, "launch.preset")
+        if preset:
+            merged = OmegaConf.merge(_preset(str(preset)), merged)
         plain = OmegaConf.to_container(merged, resolve=True)
     except (OmegaConfBaseException, YAMLError) as error:
         raise ConfigError(f"the config cannot be read: {error}") from error
@@ -64,7 +117,23 @@ def load(args: Sequence[str], *, base: Mapping[str, Any] | None = None) -> Confi
         raise ConfigError(
             f"the config is a {type(plain).__name__}; write groups of keys, as in configs/quickstart.yaml"
         )
-    return from_dict({str(k): v for k, v in plain.items()})
+    return {str(k): v for k, v in plain.items()}
+
+
+def _preset(name: str) -> Any:
+    """What a cluster's preset sets: below all that a config or a command line says. Raises ConfigError."""
+    file = name if name.endswith(".yaml") else f"cluster/{name}.yaml"
+    try:
+        path = find_config(file)
+    except ConfigError as error:
+        raise ConfigError(f"launch.preset={name}: {str(error).partition(': ')[2]}") from None
+    found = OmegaConf.load(path)
+    strangers = sorted(str(key) for key in found if key != "launch")
+    if strangers:
+        raise ConfigError(
+            f"launch.preset={name}: {path} sets {', '.join(strangers)}; a preset sets launch.* alone"
+        )
+    return found
 
 
 def from_dict(values: Mapping[str, Any]) -> Config:
@@ -92,7 +161,8 @@ def trajectory(config: Config) -> dict[str, Any]:
     for group in dataclasses.fields(config):
         part = getattr(config, group.name)
         for item in dataclasses.fields(part):
-            if item.metadata.get("trajectory", True):
+            unsaid = item.metadata.get("added", False) and getattr(part, item.name) == item.default
+            if item.metadata.get("trajectory", True) and not unsaid:
                 flat[f"{group.name}.{item.name}"] = plain[group.name][item.name]
     return flat
 
@@ -100,10 +170,6 @@ def trajectory(config: Config) -> dict[str, Any]:
 def digest(values: Mapping[str, Any]) -> str:
     """A short stable fingerprint of plain values."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _known_keys() -> list[str]:
-    return list(_leaves(Config, ""))
 
 
 def _leaves(cls: type[Any], prefix: str) -> Iterator[str]:
@@ -125,7 +191,9 @@ def _build(cls: type[Any], values: Any, prefix: str) -> Any:
             full = f"{prefix}{key}"
             if is_secret(str(key)):
                 raise ConfigError(f"{full}: no key, and its value is not told; {WHERE}")
-            candidates = _known_keys() if prefix else [*hints, *_known_keys()]
+            if full in _BESIDE:
+                raise ConfigError(f"{full}.…: this group is for {_BESIDE[full]}; leave it out here")
+            candidates = known_keys() if prefix else [*hints, *known_keys()]
             near = difflib.get_close_matches(full, candidates, n=1, cutoff=0.4)
             hint = f"; did you mean {near[0]}?" if near else f"; keys here: {', '.join(hints)}"
             raise ConfigError(f"{full}={redact(repr(values[key]))}: unknown key{hint}")
@@ -152,7 +220,7 @@ def _build_item(cls: type[Any], item: Any, key: str) -> Any:
 
 
 def _example(prefix: str) -> str:
-    return next((k for k in _known_keys() if k.startswith(prefix)), "group.key=value")
+    return next((k for k in known_keys() if k.startswith(prefix)), "group.key=value")
 
 
 def _convert(key: str, value: Any, hint: Any) -> Any:
@@ -170,8 +238,13 @@ def _convert(key: str, value: Any, hint: Any) -> Any:
         if listed is not None and isinstance(value, Sequence) and not isinstance(value, str):
             return _convert(key, value, listed)
         return _convert(key, value, next(t for t in inner if t not in (type(None), listed)))
-    if origin is tuple and inner[1:] == (...,):
-        return tuple(_build_item(inner[0], item, f"{key}[{i}]") for i, item in enumerate(value))
+    if origin is tuple and inner[-1] is Ellipsis:
+        if not isinstance(value, Sequence) or isinstance(value, str):
+            raise ConfigError(f"{key}={value!r}: give a list, for example {key}=[…]")
+        if dataclasses.is_dataclass(inner[0]):
+            item = typing.cast("type[Any]", inner[0])
+            return tuple(_build_item(item, v, f"{key}[{i}]") for i, v in enumerate(value))
+        return tuple(_convert(f"{key}[{i}]", v, inner[0]) for i, v in enumerate(value))
     if origin is tuple:
         if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != len(inner):
             raise ConfigError(f"{key}={value!r}: give a list of {len(inner)} numbers, for example {key}=[…]")

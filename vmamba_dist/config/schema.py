@@ -27,6 +27,11 @@ def replaceable(default: Any) -> Any:
     return field(default=default, metadata={"trajectory": False})
 
 
+def added(default: Any) -> Any:
+    """Mark a field that came later: its default is what earlier versions did, and stays out of the digest."""
+    return field(default=default, metadata={"added": True})
+
+
 def _require(ok: bool, key: str, value: object, fix: str) -> None:
     if not ok:
         raise ConfigError(f"{key}={value!r}: {fix}")
@@ -86,6 +91,10 @@ class ModelConfig:
     name: str = "vmamba_tiny_s1l8"
     num_classes: int | None = None  # null: what the shards' index says
     drop_path: float | None = None  # rate of the last block; null: the variant's own
+    # What differs from the named model's row, for ladders of sizes between the names; null: as named.
+    width: int | None = added(None)  # of the first stage; it doubles from stage to stage
+    depths: tuple[int, int, int, int] | None = added(None)  # blocks of each stage
+    ssm_ratio: float | None = added(None)  # inner width of a block's scan over the block's
     scan_pattern: Literal["cross2d", "unidi", "bidi", "cascade"] = "cross2d"
     scan_backend: Literal["auto", "triton", "torch"] = replaceable(
         "auto"
@@ -103,6 +112,24 @@ class ModelConfig:
             "model.drop_path",
             self.drop_path,
             "use 0 … below 1",
+        )
+        _require(
+            self.width is None or (self.width >= 2 and self.width % 2 == 0),
+            "model.width",
+            self.width,
+            "use an even number, or null",
+        )
+        _require(
+            self.depths is None or all(d >= 1 for d in self.depths),
+            "model.depths",
+            self.depths,
+            "use 1 or more blocks a stage, or null",
+        )
+        _require(
+            self.ssm_ratio is None or self.ssm_ratio > 0,
+            "model.ssm_ratio",
+            self.ssm_ratio,
+            "use more than 0, or null",
         )
 
 
@@ -293,16 +320,33 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """Linear warm-up, then cosine; the clock is samples seen, so it holds for every batch and world size."""
+    """Linear warm-up, then cosine or wsd; the clock is samples seen, so it holds for every batch and world size."""
 
+    kind: Literal["cosine", "wsd"] = added("cosine")  # wsd: warm-up, stable, decay
     epochs: int = 300
+    samples: int | None = added(None)  # budget in samples seen, cut to whole steps; null: epochs
     warmup: float = 20 / 300  # share of all samples
+    warmup_samples: int | None = added(None)  # the same in samples; null: the share
+    decay: float = added(0.2)  # wsd: share of all samples, at the end
     warmup_lr_ratio: float = 1e-3  # first lr over peak
     min_lr_ratio: float = 1e-2  # last lr over peak
 
     def __post_init__(self) -> None:
         _require(self.epochs >= 1, "schedule.epochs", self.epochs, "use 1 or more")
+        _require(
+            self.samples is None or self.samples >= 1,
+            "schedule.samples",
+            self.samples,
+            "use 1 or more, or null for schedule.epochs",
+        )
         _require(0 <= self.warmup < 1, "schedule.warmup", self.warmup, "a share: use 0 … below 1")
+        _require(
+            self.warmup_samples is None or self.warmup_samples >= 0,
+            "schedule.warmup_samples",
+            self.warmup_samples,
+            "use 0 or more, or null for schedule.warmup",
+        )
+        _require(0 < self.decay <= 1, "schedule.decay", self.decay, "a share: use above 0 … 1")
         for name in ("warmup_lr_ratio", "min_lr_ratio"):
             value = getattr(self, name)
             _require(0 <= value <= 1, f"schedule.{name}", value, "use 0 … 1")
@@ -470,19 +514,39 @@ class TelemetryConfig:
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """Where `launch/submit.py` runs the job."""
+    """Where `launch/submit.py` runs the job, and with what."""
 
-    cluster: Literal["auto", "local", "debug"] = replaceable("auto")  # debug: in this process
-    nodes: int = replaceable(1)  # machines; more than one needs a cluster
+    cluster: Literal["auto", "local", "slurm", "debug"] = replaceable(
+        "auto"
+    )  # auto: slurm where nodes > 1 or a key of Slurm's is set, else local | debug: in this process
+    preset: str = replaceable("")  # a file of configs/cluster/ (its name or path) with launch.* of a cluster
+    nodes: int = replaceable(1)  # machines; more than one needs Slurm
     gpus_per_node: int = replaceable(0)  # one process each, on CUDA; 0: as precision.device finds it
     tasks_per_node: int | None = replaceable(None)  # processes a machine; null: gpus_per_node, or one
     name: str = replaceable("vmamba")
-    follow: bool = replaceable(True)  # stay and show progress; false returns once the job runs
-    time_limit_min: int | None = replaceable(None)  # then the run saves and ends; null: no limit
+    follow: bool | None = replaceable(None)  # stay and show progress; null: here yes, on Slurm no
+    time_limit_min: int | None = replaceable(
+        None
+    )  # then the run saves and ends; null: none, or the partition's
+    signal_delay_s: int = replaceable(120)  # so long before the limit it is told to: two steps and a save
+    # Slurm's own; empty or null: what the cluster takes by itself.
+    partition: str = replaceable("")
+    account: str = replaceable("")
+    qos: str = replaceable("")
+    constraint: str = replaceable("")
+    exclude: str = replaceable("")  # nodes, as Slurm writes them: node[3-5,9]
+    mem_gb: float | None = replaceable(None)  # GiB a machine
+    cpus_per_task: int | None = replaceable(None)  # null: one, and one for each of data.workers
+    setup: str = replaceable("")  # shell lines before training: module load …
+    max_requeues: int | None = replaceable(None)  # starts after the first; null: as many as it takes
 
     def __post_init__(self) -> None:
+        _require(1 <= self.nodes <= 65536, "launch.nodes", self.nodes, "use 1 or more")
         _require(
-            self.nodes == 1, "launch.nodes", self.nodes, "this version starts jobs on one machine; use 1"
+            self.nodes == 1 or self.cluster in ("auto", "slurm"),
+            "launch.nodes",
+            self.nodes,
+            f"launch.cluster={self.cluster} is one machine: use launch.cluster=slurm, or torchrun on each machine",
         )
         _require(0 <= self.gpus_per_node <= 64, "launch.gpus_per_node", self.gpus_per_node, "use 0 … 64")
         _require(
@@ -503,12 +567,119 @@ class LaunchConfig:
             self.time_limit_min,
             "use 1 or more minutes, or null",
         )
+        _require(
+            1 <= self.signal_delay_s <= 65535, "launch.signal_delay_s", self.signal_delay_s, "use 1 … 65535 s"
+        )
         _require(self.name != "" and "/" not in self.name, "launch.name", self.name, "use a plain name")
+        for key in ("name", "partition", "account", "qos", "constraint", "exclude"):
+            value = getattr(self, key)  # written on a line of the batch script
+            _require(
+                value.isprintable() and "\\" not in value,
+                f"launch.{key}",
+                value,
+                "leave out line breaks, control characters and backslashes",
+            )
+        _require("\0" not in self.setup, "launch.setup", self.setup, "leave out the zero byte")
+        _require(
+            self.mem_gb is None or self.mem_gb > 0,
+            "launch.mem_gb",
+            self.mem_gb,
+            "use more than 0 GiB, or null",
+        )
+        for key, least in (("cpus_per_task", 1), ("max_requeues", 0)):
+            number = getattr(self, key)
+            _require(
+                number is None or number >= least, f"launch.{key}", number, f"use {least} or more, or null"
+            )
+
+    @property
+    def on_slurm(self) -> bool:
+        """True where the job goes to Slurm: named, or implied by what only Slurm knows."""
+        slurms = (self.preset, self.partition, self.account, self.qos, self.constraint, self.exclude)
+        return self.cluster == "slurm" or (self.cluster == "auto" and (self.nodes > 1 or any(slurms)))
 
     @property
     def tasks(self) -> int:
         """Processes a machine."""
         return self.tasks_per_node or self.gpus_per_node or 1
+
+
+@dataclass(frozen=True)
+class StudyConfig:
+    """A scaling study (`vmamba study`): a ladder of models, how much each learns from, and what it may cost.
+
+    A study's config is that of its runs, and this group beside it; run.dir holds a run directory a point.
+    """
+
+    models: tuple[str, ...] = replaceable(())  # rungs of the ladder by name
+    widths: tuple[int, ...] = replaceable(())  # more rungs: model.name at these first widths, as written
+    sizes: int = replaceable(0)  # more rungs: so many widths between the two below, in equal ratios,
+    width_from: int = replaceable(16)  # each stage divisible by 16 below Base's width of 128
+    width_to: int = replaceable(128)  # and by 64 from there up
+    depth_power: float = replaceable(0.0)  # third stage's blocks ∝ (width / the rule's first) ** this
+    samples: tuple[int, ...] = replaceable(())  # a grid: every model learns from each of these counts
+    flops: tuple[float, ...] = replaceable(())  # or IsoFLOP levels: training FLOPs of one run
+    levels: int = replaceable(0)  # or so many levels, as high as the total allows,
+    level_ratio: float = replaceable(2.0)  # each this times the one before
+    min_samples: int = replaceable(1)  # an IsoFLOP point outside of these two is left out
+    max_samples: int = replaceable(2**62)
+    total_flops: float = replaceable(0.0)  # what the study may cost; 0: no limit
+    total_gpu_hours: float = replaceable(0.0)  # the same in GPU-hours of `gpu`; 0: no limit
+    seeds: int = replaceable(1)  # runs a point: run.seed, run.seed + 1, …
+    held_out: int = replaceable(0)  # so many of the largest models are predicted, not fitted
+    lrs: tuple[float, ...] = replaceable(())  # values of optim.lr that the search tries; none: no search
+    search_samples: int = replaceable(0)  # budget of a run of the search; 0: the smallest of the grid
+    search_sizes: int = replaceable(0)  # the search is at so many of the smallest models; 0: all fitted ones
+    lr_power: float = replaceable(0.0)  # without a search: optim.lr × (params / the smallest's) ** this
+    batch_power: float = replaceable(0.0)  # data.global_batch × (params / the smallest's) ** this
+    branch: bool = replaceable(True)  # wsd: shorter budgets start from a checkpoint of the longest
+    gpu: str = replaceable("")  # kind, as `vmamba plan` names it: costs in GPU-hours too
+    gpus: int = replaceable(1)  # of one run
+    device_gflops: float = replaceable(0.0)  # without a gpu: what one process sustains, for hours
+
+    def __post_init__(self) -> None:
+        for name in ("widths", "samples", "flops", "lrs"):
+            values = getattr(self, name)
+            _require(all(v > 0 for v in values), f"study.{name}", values, "use numbers above 0")
+        for name in ("models", "widths", "samples", "flops", "lrs"):
+            values = getattr(self, name)
+            _require(len(set(values)) == len(values), f"study.{name}", values, "name each once")
+        ways = [name for name in ("samples", "flops", "levels") if getattr(self, name)]
+        _require(
+            len(ways) <= 1,
+            "study." + " and study.".join(ways),
+            "…",
+            "take one: a grid of samples, levels of FLOPs, or a number of levels",
+        )
+        _require(self.level_ratio > 1, "study.level_ratio", self.level_ratio, "use more than 1")
+        _require(
+            self.width_from <= self.width_to,
+            "study.width_from",
+            self.width_from,
+            "use study.width_to or less",
+        )
+        _require(
+            1 <= self.min_samples <= self.max_samples,
+            "study.min_samples",
+            self.min_samples,
+            "use 1 … study.max_samples",
+        )
+        for name in ("seeds", "gpus", "width_from"):
+            _require(getattr(self, name) >= 1, f"study.{name}", getattr(self, name), "use 1 or more")
+        for name in (
+            "sizes",
+            "levels",
+            "held_out",
+            "search_samples",
+            "search_sizes",
+            "total_flops",
+            "total_gpu_hours",
+            "device_gflops",
+        ):
+            _require(getattr(self, name) >= 0, f"study.{name}", getattr(self, name), "use 0 or more")
+        _require(
+            self.sizes == 0 or self.sizes >= 2, "study.sizes", self.sizes, "use 2 or more, or 0 for no rule"
+        )
 
 
 @dataclass(frozen=True)
@@ -529,3 +700,4 @@ class Config:
     eval: EvalConfig = field(default_factory=EvalConfig)
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
+    study: StudyConfig = field(default_factory=StudyConfig)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vmamba_dist.models.variants import dt_rank
-from vmamba_kernels import resolve_backend, selective_scan, ss2d_scan
+from vmamba_kernels import resolve_backend, rows, selective_scan, ss2d_scan
 
 K = 4
 LN_EPS = 1e-5
@@ -35,8 +35,14 @@ class LayerNorm(nn.LayerNorm):
     def forward(self, x: Tensor) -> Tensor:
         # Autocast does this on CUDA only; the residual stream must have one precision on every device.
         dtype = torch.promote_types(x.dtype, self.weight.dtype)
+        if self._by_rows(x, dtype):
+            return rows.layer_norm(x, self.weight, self.bias, self.eps, dtype)
         weight, bias = self.weight.to(dtype), self.bias.to(dtype)
         return F.layer_norm(x.to(dtype), self.normalized_shape, weight, bias, self.eps)
+
+    def _by_rows(self, x: Tensor, dtype: torch.dtype) -> bool:
+        """On CUDA our own: PyTorch's is slow on short rows, and wants a float32 copy of a bfloat16 input."""
+        return x.is_cuda and dtype == torch.float32 and not torch.compiler.is_compiling()
 
 
 class Permute(nn.Module):

@@ -11,6 +11,8 @@ import math
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
+from vmamba_dist.config.schema import ConfigError, ModelConfig
+
 STRIDE = 4  # px a token of the first stage covers on a side
 
 
@@ -166,6 +168,36 @@ def get_variant(name: str, **overrides: Any) -> Variant:
     if isinstance(overrides.get("dims"), int):
         overrides["dims"] = _doubling(overrides["dims"], len(overrides.get("depths", row.depths)))
     return replace(row, **overrides)
+
+
+def overrides_of(model: ModelConfig) -> dict[str, Any]:
+    """The fields of a config that replace those of the model it names."""
+    given = {
+        "dims": model.width,
+        "depths": model.depths,
+        "ssm_ratio": model.ssm_ratio,
+        "drop_path_rate": model.drop_path,
+    }
+    return {key: value for key, value in given.items() if value is not None}
+
+
+def configured(model: ModelConfig) -> Variant:
+    """The architecture that a config means. Raises ConfigError naming the key, the value and the fix."""
+    try:
+        return get_variant(model.name, **overrides_of(model))
+    except ValueError as error:
+        raise ConfigError(f"model.name={model.name}: {error}") from error
+
+
+def describe(model: ModelConfig) -> str:
+    """The model's name, with what is replaced in it."""
+    given = {"width": model.width, "depths": model.depths, "ssm_ratio": model.ssm_ratio}
+    changed = [
+        f"{key} {list(value) if isinstance(value, tuple) else value}"
+        for key, value in given.items()
+        if value is not None
+    ]
+    return model.name + (f" at {', '.join(changed)}" if changed else "")
 
 
 def _nearest(word: str, known: list[str]) -> str:

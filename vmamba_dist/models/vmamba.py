@@ -16,8 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from vmamba_dist.models import fused
 from vmamba_dist.models.init import init_parameters
 from vmamba_dist.models.ss2d import (
+    LN_EPS,
     SS2D,
     LayerNorm,
     ScanBackend,
@@ -26,6 +28,7 @@ from vmamba_dist.models.ss2d import (
     to_channels_last,
 )
 from vmamba_dist.models.variants import STRIDE, Variant, check_image_size, get_variant
+from vmamba_kernels.backend import backend_for
 
 _NOT_DECAYED = re.compile(r"\.(A_logs|Ds|dt_projs_bias)$")
 
@@ -65,16 +68,16 @@ def _patch_embed(kind: Literal["v1", "v2"], dim: int) -> nn.Sequential:
 class _HalvingConv(nn.Conv2d):
     """A 3x3 convolution of stride 2, (B, dim, H, W) → (B, out_dim, ⌈H/2⌉, ⌈W/2⌉).
 
-    Of a single token the stride is of no consequence, and 1 is taken: with 2, oneDNN leaves the bfloat16 gradient
-    of the eight weights that see padding unwritten (torch 2.14 on a CPU).
+    Of a single column the stride along it is of no consequence, and 1 is taken: with 2, oneDNN leaves bfloat16
+    gradients of the weights that see padding alone unwritten (torch 2.14 on a CPU).
     """
 
     def __init__(self, dim: int, out_dim: int) -> None:
         super().__init__(dim, out_dim, kernel_size=3, stride=2, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.shape[2] * x.shape[3] == 1:
-            return F.conv2d(x, self.weight, self.bias, padding=1)
+        if x.shape[3] == 1:
+            return F.conv2d(x, self.weight, self.bias, stride=(2, 1), padding=1)
         return super().forward(x)
 
 
@@ -115,9 +118,12 @@ class Block(nn.Module):
 
     `recompute` runs the block's arithmetic in training in its own way; None runs it as it stands. It is called inside
     forward, so that a compiled block holds it and a sharded one gathers its weights once for it and the backward.
+    `fuse`: auto computes a plain block on CUDA as one autograd node (models/fused.py), wherever that is possible; never
+    composes its modules; always fuses on every device.
     """
 
     recompute: Recompute | None
+    fuse: Literal["auto", "never", "always"]
 
     def __init__(self, dim: int, variant: Variant, pattern: ScanPattern, backend: ScanBackend) -> None:
         super().__init__()
@@ -132,6 +138,7 @@ class Block(nn.Module):
             scan_backend=backend,
         )
         self.recompute = None
+        self.fuse = "auto"
         self.has_mlp = variant.mlp_ratio > 0
         if self.has_mlp:
             self.norm2 = LayerNorm(dim)
@@ -144,10 +151,26 @@ class Block(nn.Module):
         return self._branches(x, keep)
 
     def _branches(self, x: Tensor, keep: Tensor | None) -> Tensor:
+        if self._fuses(x):
+            backend = backend_for(self.op.scan_backend, x)
+            plan = fused.Plan(LN_EPS, self.op.dt_rank, self.op.d_state, self.op.scan_pattern, backend)
+            return fused.run(x, keep, plan, fused.weights_of(self))
         x = x + _kept(self.op(self.norm(x)), keep, 0)
         if self.has_mlp:
             x = x + _kept(self.mlp(self.norm2(x)), keep, 1)
         return x
+
+    def _fuses(self, x: Tensor) -> bool:
+        """Whether one node may stand for the modules: nobody has replaced one, or listens to it."""
+        if self.fuse == "never" or (self.fuse == "auto" and not x.is_cuda) or torch.compiler.is_compiling():
+            return False
+        if not self.has_mlp or self.op.gate or self.op.scan_pattern == "cascade" or x.numel() == 0:
+            return False
+        return all(
+            type(part) is kind
+            and not (part._forward_hooks or part._forward_pre_hooks or part._backward_hooks)
+            for part, kind in fused.parts_of(self)
+        )
 
 
 def _kept(branch: Tensor, keep: Tensor | None, column: int) -> Tensor:

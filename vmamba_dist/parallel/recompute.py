@@ -35,6 +35,7 @@ def apply_recompute(backbone: VMamba, policy: Literal["off", "block", "selective
     }
     for block in backbone.blocks():
         block.recompute = how[policy]
+        block.fuse = "never" if policy == "selective" else "auto"  # which looks for single operations
 
 
 def recompute_but_scans(branches: Branches, x: Tensor, keep: Tensor | None) -> Tensor:

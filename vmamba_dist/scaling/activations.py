@@ -52,15 +52,22 @@ class Part:
     leaf: bool = False  # the input wants no gradient
     is_block: bool = False  # what parallel.recompute is about
     ends_stage: bool = False  # the model holds its output to the end of the forward
+    fused: Row | None = (
+        None  # all of it as one node (models/fused.py), which selective recompute does without
+    )
 
     @property
     def params(self) -> int:
         return sum(row.weights + row.plain for row in self.rows)
 
+    def as_run(self, policy: Policy) -> tuple[Row, ...]:
+        """The operations that autograd sees."""
+        return self.rows if self.fused is None or policy == "selective" else (self.fused,)
+
     def kept(self, policy: Policy) -> int:
         """Bytes kept from the forward to the backward, casts of weights aside."""
         if policy == "off" or not self.is_block:
-            return sum(row.keeps for row in self.rows)
+            return sum(row.keeps for row in self.as_run(policy))
         scans = [row for row in self.rows if row.scanned] if policy == "selective" else []
         return self.input + sum(row.states + row.out for row in scans)
 
@@ -71,6 +78,10 @@ class Part:
     def inputs(self) -> list[int]:
         """Bytes of each row's input."""
         return [self.input, *(row.out for row in self.rows[:-1])]
+
+    def cached(self, policy: Policy) -> int:
+        """Elements of weights whose cast autocast holds to the end of the forward, though nothing else does."""
+        return 0 if len(self.as_run(policy)) == 1 and self.fused else self.cast("off") - self.cast(policy)
 
 
 @dataclass(frozen=True)
@@ -99,17 +110,21 @@ def peak(parts: Iterable[Part], policy: Policy, weights: WeightBytes, *, hidden:
     gradients = weights.kept * sum(part.params for part in chain) if weights.accumulating else 0.0
     live = sum(part.kept(policy) + weights.cast * part.cast(policy) for part in chain)
     # Autocast's cache lasts to the end of the forward, and the model's list of stages too.
-    cached = weights.cast * sum(part.cast("off") - part.cast(policy) for part in chain)
+    cached = weights.cast * sum(part.cached(policy) for part in chain)
     stages = sum(part.rows[-1].out for part in chain if part.ends_stage)
     most = Peak(live + cached + stages + gradients, gradients)
     for part in reversed(chain):
         live -= part.kept(policy) + weights.cast * part.cast(policy)
-        own = sum(row.keeps + weights.cast * row.weights for row in part.rows)
-        into = [0 if part.leaf else part.input, *part.inputs()[1:]]
-        for row, gradient in zip(reversed(part.rows), reversed(into), strict=True):
+        rows = part.as_run(policy)
+        own = sum(row.keeps + weights.cast * row.weights for row in rows)
+        into = [0 if part.leaf else part.input, *(row.out for row in rows[:-1])]
+        for row, gradient in zip(reversed(rows), reversed(into), strict=True):
             made = weights.made * row.weights + FLOAT32 * row.plain
             inside = own + row.out + gradient + row.beside + made + (row.hidden if hidden else 0)
             most = max(most, Peak(live + gradients + inside, gradients))
+            if row is part.fused and weights.cast:  # at its end all gradients are there in both precisions
+                ending = own + row.out + gradient + made + FLOAT32 * row.weights
+                most = max(most, Peak(live + gradients + ending, gradients))
             own -= row.keeps + weights.cast * row.weights
             if not weights.accumulating:
                 gradients += weights.kept * (row.weights + row.plain)
@@ -126,10 +141,12 @@ def parts(
     classes: int,
     generation: str,
     cascade: bool = False,
+    fuse: bool = True,
 ) -> Iterator[Part]:
     """Yield the parts of a model in order, for `batch` images of size x size px and `compute` bytes an element.
 
     `generation` is the device's, sm_90: it decides how the scan is cut. `cascade` is the scan pattern of that name.
+    `fuse`: blocks run as one node where they can.
     """
     yield _stem(variant, size, batch, compute)
     residual, before, dim_before = FLOAT32, 0, 0
@@ -142,8 +159,9 @@ def parts(
             residual = compute if variant.downsample == "v1" else FLOAT32
         block = _Block(variant, dim, batch, height, width, residual, compute, generation, cascade)
         rows = tuple(block.rows())
+        one = block.fused(rows) if fuse and block.fusible else None
         for i in range(depth):
-            yield Part(rows, residual * dim * tokens, is_block=True, ends_stage=i == depth - 1)
+            yield Part(rows, residual * dim * tokens, is_block=True, ends_stage=i == depth - 1, fused=one)
         before, dim_before = tokens, dim
     head = Row(
         "head",
@@ -184,6 +202,41 @@ class _Block:
         if self.variant.mlp_ratio > 0:
             yield from _waiting(self._mlp(), size)
             yield Row("add2", size)
+
+    @property
+    def fusible(self) -> bool:
+        """As Block._fuses says."""
+        return self.variant.mlp_ratio > 0 and not self.variant.gate and not self.cascade
+
+    def fused(self, rows: tuple[Row, ...]) -> Row:
+        """The block as one node: what models/fused.py keeps, and the worst moments of its backward in order."""
+        dim, d, hidden, compute = self.dim, self.inner, self.variant.hidden(self.dim), self.compute
+        scan = next(row for row in rows if row.name == "scan")
+        pitch = K * (-(-(dt_rank(dim) + 2 * self.variant.d_state) // 8) * 8)
+        statistics = 3 * 2 * FLOAT32
+        kept = 2 * self.residual * dim + compute * (3 * d + pitch) + statistics
+        stream, narrow, inner = self.residual * dim, compute * dim, compute * d
+        scanning = stream + 3 * inner + compute * pitch
+        moments = (
+            2 * narrow + 4 * compute * hidden,  # GELU's backward
+            compute * hidden + 3 * narrow + stream,  # norm2's
+            stream + narrow + 3 * inner,  # out_norm's
+            scanning,  # the scan's, and the projection's
+            2 * stream + inner + 3 * narrow,  # norm's
+        )
+        worst = self.tokens * max(moments)
+        return Row(
+            "block",
+            stream * self.tokens,
+            keeps=kept * self.tokens + scan.states,
+            weights=sum(row.weights for row in rows),
+            plain=sum(row.plain for row in rows),
+            beside=worst - stream * self.tokens,  # the input's gradient is counted as that
+            hidden=max(0, self.tokens * scanning + scan.hidden - worst),
+            flops=sum(row.flops for row in rows),
+            states=scan.states,
+            scanned=scan.scanned,
+        )
 
     def _mlp(self) -> Iterator[Row]:
         dim, hidden, compute = self.dim, self.variant.hidden(self.dim), self.compute
@@ -315,9 +368,8 @@ def _waiting(rows: Iterable[Row], size: int) -> Iterator[Row]:
 
 
 def _norm(name: str, dim: int, tokens: int, came: int, to: int = FLOAT32) -> Iterator[Row]:
-    """A LayerNorm in float32, of `came` and to `to` bytes an element: it keeps its float32 input."""
-    yield from _cast(f"{name}.float", dim * tokens, FLOAT32, came)
-    yield Row(name, FLOAT32 * dim * tokens, keeps=FLOAT32 * (dim + 2) * tokens, plain=2 * dim)
+    """A LayerNorm in float32, of `came` and to `to` bytes an element: it keeps its input as it came."""
+    yield Row(name, FLOAT32 * dim * tokens, keeps=(came * dim + 2 * FLOAT32) * tokens, plain=2 * dim)
     yield from _cast(f"{name}.cast", dim * tokens, to)
 
 

@@ -14,6 +14,8 @@ from pathlib import Path
 from vmamba_dist.config import Config, ConfigError, load
 from vmamba_dist.core.gpus import GPUS, gpu_named
 from vmamba_dist.models import flops
+from vmamba_dist.models.variants import describe
+from vmamba_dist.optim.schedule import total_samples
 from vmamba_dist.scaling.activations import POLICIES, Policy
 from vmamba_dist.scaling.cost import (
     BETWEEN,
@@ -129,7 +131,7 @@ def text(question: Question, answers: Sequence[Answer]) -> list[str]:
     count = job.share // job.micro_batch
     mine = _configured(question, answers)
     head = {
-        "model": f"{cfg.model.name}, {job.params / 1e6:.2f} M parameters, {giga:.2f} GMACs an image of {side} px "
+        "model": f"{describe(cfg.model)}, {job.params / 1e6:.2f} M parameters, {giga:.2f} GMACs an image of {side} px "
         f"with {job.classes} classes",
         "GPUs": f"{job.gpus} × {job.gpu.name}, {question.place.per_node} a machine; {_engine(job)}",
         "batch": f"{cfg.data.global_batch} an update, {job.share} a GPU in {count} micro-batch{'es' * (count > 1)} of "
@@ -209,13 +211,16 @@ def _time_table(question: Question, answers: Sequence[Answer]) -> list[str]:
     job = question.job
     if job.cfg.precision.compute != "bfloat16":
         return ["time: the model's rates were measured in bfloat16; none for float32"]
-    steps, epochs = question.samples // job.cfg.data.global_batch, job.cfg.schedule.epochs
+    batch, schedule = job.cfg.data.global_batch, job.cfg.schedule
+    steps = question.samples // batch
+    total = total_samples(schedule, global_batch=batch, steps_per_epoch=steps) // batch
+    all_of_it = f"{schedule.samples} samples" if schedule.samples else f"{schedule.epochs} epochs"
 
     def row(name: str, show: str, of: Callable[[Cost], float]) -> str:
         return _row(name, ["" if a.cost is None else format(of(a.cost), show) for a in answers])
 
-    def hours(spent: Cost) -> float:
-        return steps * spent.step / 3600
+    def hours(spent: Cost, of: int = steps) -> float:
+        return of * spent.step / 3600
 
     runs = [a.memory.micro_batch if a.memory.fits else a.largest for a in answers]
     rows = [
@@ -231,12 +236,12 @@ def _time_table(question: Question, answers: Sequence[Answer]) -> list[str]:
         row("MFU, %", ".1f", lambda c: 100 * c.mfu),
         row(f"epoch of {steps} steps, h", ".3f", hours),
         row("epoch, GPU-hours", ",.1f", lambda c: job.gpus * hours(c)),
-        row(f"{epochs} epochs, days", ",.2f", lambda c: epochs * hours(c) / 24),
-        row(f"{epochs} epochs, GPU-hours", ",.0f", lambda c: epochs * job.gpus * hours(c)),
+        row(f"{all_of_it}, days", ",.2f", lambda c: hours(c, total) / 24),
+        row(f"{all_of_it}, GPU-hours", ",.0f", lambda c: job.gpus * hours(c, total)),
     ]
     if question.price is not None:
-        price = question.price * epochs * job.gpus
-        rows.append(row(f"{epochs} epochs, price", ",.0f", lambda c: price * hours(c)))
+        price = question.price * job.gpus
+        rows.append(row(f"{all_of_it}, price", ",.0f", lambda c: price * hours(c, total)))
     return rows
 
 

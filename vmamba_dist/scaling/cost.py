@@ -1,9 +1,10 @@
 """What a step takes, from a stated model whose efficiencies were measured once.
 
 Law: a step is arithmetic, traffic and scans at measured rates, what communication they cannot hide, and the update. The
-rates are those of VMamba-T's eager training step on an H200 at batch 128, bfloat16 (benchmarks/results/
-profile_eager_gpu.md for the split, models_eager_gpu.md for the whole); elsewhere they scale with the GPU's peak and its
-memory's bandwidth. Reading samples, evaluating and saving are left out. No torch.
+rates are those of VMamba-T's eager training step on an H100 at batch 128, bfloat16 (benchmarks/results/
+profile_eager_gpu.md for the split, models_replayed_gpu.md for the whole); elsewhere they scale with the GPU's peak (the
+scans, which instructions bound, too) and its memory's bandwidth. Reading samples, evaluating and saving are left out.
+No torch.
 """
 
 from __future__ import annotations
@@ -16,15 +17,16 @@ from vmamba_dist.models import flops
 from vmamba_dist.scaling.activations import FLOAT32, Part, Policy, Row
 from vmamba_dist.scaling.memory import DEFAULT_STAGE, Job
 
-MEASURED_ON = gpu_named("h200-141")
-MATRIX = 0.38  # of the bf16 peak: 3.63 TFLOP of matrix products and convolutions in 9.7 ms
-TRAFFIC = 0.26  # of the memory's bandwidth: 45.1 GB of norms, casts, activations and sums in 36.7 ms
-SCAN_S = 73e-12  # seconds an element and state, forward and backward: .202e9 in 14.8 ms
+MEASURED_ON = gpu_named("h100-80")
+MATRIX = 0.28  # of the bf16 peak: 3.63 TFLOP of matrix products and convolutions in 13.3 ms
+TRAFFIC = 0.66  # of the memory's bandwidth: 38.7 GB of norms, casts, activations and sums in 17.5 ms
+SCAN_S = 64e-12  # seconds an element and state, forward and backward: .202e9 in 12.9 ms
 SCAN_FORWARD = 0.30  # of that: 4.3 of 14.3 ms
-UPDATE = 0.48  # of the memory's bandwidth: 0.85 GB of AdamW in 0.37 ms
-BETWEEN = 1.085  # a step, 66.4 ms, over the sum of its kernels
+UPDATE = 0.37  # of the memory's bandwidth: 0.85 GB of AdamW in 0.69 ms
+BETWEEN = 1.02  # a step, 45.6 ms where no launch is waited for, over the sum of its kernels
 # Seconds that the host takes to launch one block's forward and backward in eager mode: assumed (a hundred kernels at
-# 12 µs); for recomputing, in the proportions that were seen on a CPU. A micro-batch takes no less.
+# 12 µs; 4.9 ms were seen on one slow virtual machine); for recomputing, in the proportions that were seen on a CPU. A
+# micro-batch takes no less.
 LAUNCH_S: dict[Policy, float] = {"off": 1.2e-3, "selective": 2.6e-3, "block": 2.0e-3}
 HOST_GBS = 25.0  # GB/s between a GPU and its host, for what is offloaded
 
@@ -101,7 +103,7 @@ def _passes(chain: Iterable[Part], policy: Policy, gpu: Gpu) -> tuple[float, flo
 
 def _seconds(row: Row, products: int, moved: int, scan: float, gpu: Gpu) -> float:
     if row.scanned:
-        return row.scanned * SCAN_S * scan * MEASURED_ON.memory_tbs / gpu.memory_tbs
+        return row.scanned * SCAN_S * scan * MEASURED_ON.bf16_tflops / gpu.bf16_tflops
     if row.flops:
         return products * row.flops / (MATRIX * 1e12 * gpu.bf16_tflops)
     return moved / (TRAFFIC * 1e12 * gpu.memory_tbs)

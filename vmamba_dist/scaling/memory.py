@@ -13,7 +13,7 @@ from vmamba_dist.config.schema import Config, ConfigError, ParallelConfig
 from vmamba_dist.core.gpus import Gpu
 from vmamba_dist.data.order import choose_accumulate
 from vmamba_dist.models import flops
-from vmamba_dist.models.variants import Variant, get_variant
+from vmamba_dist.models.variants import Variant, configured
 from vmamba_dist.scaling.activations import FLOAT32, POLICIES, Part, Policy, WeightBytes, parts, peak
 
 GIB = 2**30
@@ -38,12 +38,7 @@ class Job:
     @property
     def variant(self) -> Variant:
         """The architecture. Raises ConfigError for an unknown name."""
-        model = self.cfg.model
-        try:
-            row = get_variant(model.name)
-        except ValueError as error:
-            raise ConfigError(f"model.name={model.name}: {error}") from error
-        return row if model.drop_path is None else replace(row, drop_path_rate=model.drop_path)
+        return configured(self.cfg.model)
 
     @property
     def compute(self) -> int:
@@ -76,6 +71,8 @@ class Job:
             classes=self.classes,
             generation=self.gpu.generation,
             cascade=cfg.model.scan_pattern == "cascade",
+            # ZeRO-3 gathers weights module by module, and a compiled block is composed of them.
+            fuse=cfg.parallel.zero_stage != 3 and cfg.parallel.compile == "off",
         )
         try:
             return list(found)

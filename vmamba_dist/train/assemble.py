@@ -17,7 +17,9 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from vmamba_dist.checkpoint.save import Checkpoints, Found
+from vmamba_dist.checkpoint.store import Meta
 from vmamba_dist.config import Config, ConfigError, digest, to_dict, to_yaml, trajectory
+from vmamba_dist.config.schema import OptimConfig, ScheduleConfig
 from vmamba_dist.core.dist import World, gather, on_main
 from vmamba_dist.core.log import logging_to, progress_bar
 from vmamba_dist.core.precision import compute_dtype
@@ -32,8 +34,9 @@ from vmamba_dist.data.shards import Index
 from vmamba_dist.data.stream import TrainStream, eval_batches
 from vmamba_dist.evaluation.classification import ClassificationEvaluator
 from vmamba_dist.models import create_model, flops
+from vmamba_dist.models.variants import configured, overrides_of
 from vmamba_dist.objectives.classify import Classify
-from vmamba_dist.optim.schedule import build_schedule
+from vmamba_dist.optim.schedule import Schedule, build_schedule, total_samples
 from vmamba_dist.parallel.plan import parallelize
 from vmamba_dist.train import rollback
 from vmamba_dist.train.ema import Ema
@@ -83,7 +86,9 @@ def assembled(cfg: Config, sources: Sources, world: World, stop: StopRequest) ->
         )
         closing.callback(checkpoints.close)
         identity = _identity(cfg, sources)
-        found = _resume(cfg, checkpoints, identity)
+        steps_per_epoch = sources.train.num_samples // cfg.data.global_batch
+        schedule = _schedule(cfg.schedule, cfg.optim, cfg.data.global_batch, steps_per_epoch)
+        found = _resume(cfg, checkpoints, identity, schedule, steps_per_epoch)
         _describe(cfg, run_dir, world)
         if found is not None:
             tensors = engine.state() | (ema.state() if ema is not None else {})
@@ -104,14 +109,7 @@ def assembled(cfg: Config, sources: Sources, world: World, stop: StopRequest) ->
         )
         log.info("attempt %d begins at step %d", run_dir.attempt, state.step + 1)
 
-        steps_per_epoch = sources.train.num_samples // cfg.data.global_batch
-        total_steps = cfg.schedule.epochs * steps_per_epoch
-        schedule = build_schedule(
-            cfg.schedule,
-            cfg.optim,
-            global_batch=cfg.data.global_batch,
-            total_samples=total_steps * cfg.data.global_batch,
-        )
+        total_steps = schedule.total_samples // cfg.data.global_batch
         state.align(cfg.data.global_batch, steps_per_epoch)
         pace = Pace(gather(socket.gethostname()), cfg.telemetry.log_every_steps) if world.size > 1 else None
         writers = _writers(cfg, run_dir, state, total_steps, pace, closing) if world.is_main else None
@@ -151,7 +149,7 @@ def assembled(cfg: Config, sources: Sources, world: World, stop: StopRequest) ->
             cfg.run,
             rollbacks=run_dir.rollbacks,
             autopsy=lambda: autopsy(engine, map(feed.prepare, progress.through(feed.recent, "autopsy"))),
-            flops_per_sample=flops.train_flops_per_image(cfg.model.name, *shape, sources.num_classes),
+            flops_per_sample=flops.train_flops_per_image(configured(cfg.model), *shape, sources.num_classes),
             peak_flops=peak * 1e12 * world.size if peak else None,
             memory_gib=lambda: memory_gib(world.device),
             max_bad_fraction=cfg.data.max_bad_fraction,
@@ -170,7 +168,15 @@ def assembled(cfg: Config, sources: Sources, world: World, stop: StopRequest) ->
             evaluator=build_evaluator(cfg, sources.evaluation, sources.num_classes, world, progress),
             checkpoints=checkpoints,
             origin=Origin(
-                world.size, cfg.parallel.engine, digest(identity), identity, {"config": to_dict(cfg)}
+                world.size,
+                cfg.parallel.engine,
+                digest(identity),
+                identity,
+                {
+                    "config": to_dict(cfg),
+                    "total_samples": schedule.total_samples,
+                    "began": _began(found, run_dir),
+                },
             ),
             eval_cfg=cfg.eval,
             batch_size=cfg.data.global_batch,
@@ -190,9 +196,9 @@ def build_objective(cfg: Config, num_classes: int) -> Classify:
         backbone = create_model(
             cfg.model.name,
             num_classes=num_classes,
-            drop_path_rate=cfg.model.drop_path,
             scan_pattern=cfg.model.scan_pattern,
             scan_backend=cfg.model.scan_backend,
+            **overrides_of(cfg.model),
         )
         return _OBJECTIVES[cfg.objective.name](backbone, seed=cfg.run.seed)
 
@@ -262,7 +268,18 @@ def _identity(cfg: Config, sources: Sources) -> dict[str, Any]:
     return identity
 
 
-def _resume(cfg: Config, checkpoints: Checkpoints, identity: dict[str, Any]) -> Found | None:
+def _schedule(cfg: ScheduleConfig, optim: OptimConfig, global_batch: int, steps_per_epoch: int) -> Schedule:
+    total = total_samples(cfg, global_batch=global_batch, steps_per_epoch=steps_per_epoch)
+    return build_schedule(cfg, optim, global_batch=global_batch, total_samples=total)
+
+
+def _resume(
+    cfg: Config,
+    checkpoints: Checkpoints,
+    identity: dict[str, Any],
+    schedule: Schedule,
+    steps_per_epoch: int,
+) -> Found | None:
     """The checkpoint to go on from: this run's newest whole one, else the one that run.resume names."""
     found = checkpoints.newest()
     if found is not None and cfg.run.resume == "never":
@@ -275,18 +292,53 @@ def _resume(cfg: Config, checkpoints: Checkpoints, identity: dict[str, Any]) -> 
     if found is None:
         return None
     log.info("resuming from %s, saved by %d ranks", found.path, found.meta.world_size)
-    _check_identity(found, identity, allowed=cfg.run.allow_changes)
+    before = _saved_schedule(found.meta, cfg, steps_per_epoch)
+    ahead = "schedule." if before is not None and schedule.same_until(before, found.meta.samples) else None
+    _check_identity(found, identity, ahead=ahead, allowed=cfg.run.allow_changes)
     return found
 
 
-def _check_identity(found: Found, identity: dict[str, Any], *, allowed: bool) -> None:
-    """Refuse a config that would leave the checkpoint's trajectory, naming the keys. Raises ConfigError."""
+def _began(found: Found | None, run_dir: RunDir) -> dict[str, Any] | None:
+    """The checkpoint of another run that this one began in, None where it began at step 1."""
+    if found is None:
+        return None
+    if found.path.parent == run_dir.checkpoints:
+        before: dict[str, Any] | None = found.meta.extra.get("began")
+        return before
+    return {"checkpoint": str(found.path), "step": found.meta.step}
+
+
+def _saved_schedule(meta: Meta, cfg: Config, steps_per_epoch: int) -> Schedule | None:
+    """The schedule that a checkpoint's run had, on this run's batch and data; None where it cannot be told."""
+    saved = {
+        key.removeprefix("schedule."): value
+        for key, value in meta.trajectory.items()
+        if key.startswith("schedule.")
+    }
+    try:
+        return _schedule(ScheduleConfig(**saved), cfg.optim, cfg.data.global_batch, steps_per_epoch)
+    except (
+        TypeError,
+        ConfigError,
+    ):  # of another version, or on another batch: its keys are compared one by one
+        return None
+
+
+def _check_identity(found: Found, identity: dict[str, Any], *, ahead: str | None, allowed: bool) -> None:
+    """Refuse a config that would leave the checkpoint's trajectory, naming the keys. Raises ConfigError.
+
+    Keys of the group `ahead` differ only in what lies ahead of the checkpoint: they are told and let through.
+    """
     saved = found.meta.trajectory
-    changed = [
-        f"{key} was {saved.get(key)!r}, now {identity.get(key)!r}"
+    differs = {
+        key: f"{key} was {saved.get(key)!r}, now {identity.get(key)!r}"
         for key in sorted(saved.keys() | identity.keys())
         if saved.get(key) != identity.get(key)
-    ]
+    }
+    branched = [change for key, change in differs.items() if ahead and key.startswith(ahead)]
+    changed = [change for key, change in differs.items() if not (ahead and key.startswith(ahead))]
+    if branched:
+        log.info("branching in the constant phase of the schedule: %s", "; ".join(branched))
     if changed and not allowed:
         raise ConfigError(
             f"the config differs from that of {found.path} in what decides the trajectory: {'; '.join(changed)}. "

@@ -93,6 +93,10 @@ def record_environment(path: Path, now: Environment) -> None:
 
 def _commit() -> str | None:
     root = Path(vmamba_dist.__file__).resolve().parent.parent
+    snapshot = root / "SNAPSHOT.json"  # as cluster/snapshot.py writes it
+    if snapshot.exists():
+        commit = json.loads(snapshot.read_text(encoding="utf-8"))["commit"]
+        return None if commit is None else str(commit)
     if not (root / ".git").exists():
         return None
     told = subprocess.run(

@@ -15,7 +15,7 @@ from vmamba_dist.data.mixture import Mixture
 from vmamba_dist.data.ondevice import check_gpu_decoding
 from vmamba_dist.data.order import check_batch, choose_accumulate
 from vmamba_dist.data.sets import open_set
-from vmamba_dist.models.variants import get_variant
+from vmamba_dist.models.variants import configured
 from vmamba_kernels.backend import BackendError, resolve_backend
 
 
@@ -68,10 +68,7 @@ def _kept_indices(cfg: Config) -> Path:
 
 def check_model(cfg: Config) -> None:
     """Refuse a model that cannot be made here."""
-    try:
-        get_variant(cfg.model.name)
-    except ValueError as error:
-        raise ConfigError(f"model.name={cfg.model.name}: {error}") from error
+    configured(cfg.model)
     try:
         resolve_backend(cfg.model.scan_backend, pick_device(cfg.precision.device, local_rank=0))
     except BackendError as error:

@@ -48,8 +48,13 @@ class StopRequest:
 
     @contextmanager
     def listening(self) -> Iterator[StopRequest]:
-        """Handle the stop signals while inside; the previous handlers come back after."""
+        """Handle the stop signals while inside; the previous handlers come back after.
+
+        A launcher may have blocked them so that none is lost, or kills, before there is a handler: one that came
+        meanwhile is handled now.
+        """
         before = {number: signal.signal(number, self._handle) for number in _SIGNALS}
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
         try:
             yield self
         finally:

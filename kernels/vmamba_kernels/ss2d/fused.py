@@ -12,6 +12,7 @@ import triton
 from torch import Tensor
 
 from vmamba_kernels.backend import interpreted
+from vmamba_kernels.launch import launch
 from vmamba_kernels.ss2d.tiles import ROWS, Plan, mirrored, plan_for, walk_table
 from vmamba_kernels.ss2d.triton_bwd import ss2d_adjoint_ends, ss2d_gradients
 from vmamba_kernels.ss2d.triton_fwd import ss2d_carry, ss2d_ends, ss2d_output
@@ -110,12 +111,17 @@ class _Problem:
         sums = self.new(4, self.rows, self.channels)
         blocks = -(-self.channels // _CARRY_CHANNELS)
         with torch.cuda.device_of(self.x):
-            kernel[(self.grid(plan.ends), 4)](
-                walked, *self.inputs, self.order, starts, sums, *self.sizes,
-                **self.constants, CHANNELS=plan.ends, num_warps=plan.ends_warps,
-            )  # fmt: skip
-            ss2d_carry[(self.batch * blocks, 4, self.state)](
-                starts, sums, self.A, self.count, self.rows, REVERSE=reverse, **self.carry_constants
+            launch(
+                kernel,
+                (self.grid(plan.ends), 4),
+                (walked, *self.inputs, self.order, starts, sums, *self.sizes),
+                {**self.constants, "CHANNELS": plan.ends, "num_warps": plan.ends_warps},
+            )
+            launch(
+                ss2d_carry,
+                (self.batch * blocks, 4, self.state),
+                (starts, sums, self.A, self.count, self.rows),
+                {**self.carry_constants, "REVERSE": reverse},
             )
         return starts
 
@@ -139,10 +145,13 @@ def forward(
     total, y = p.new(*x.shape), p.new(*x.shape, dtype=x.dtype)
     for axis in range(2):
         with torch.cuda.device_of(x):
-            ss2d_output[(p.grid(p.plan.output),)](
-                p.x, *p.inputs, p.skip, p.order, p.x if starts is None else starts, saved, total, y, *p.sizes, axis,
-                **p.constants, CHANNELS=p.plan.output, CARRIED=starts is not None, SAVE=save, FIRST=axis == 0,
-                num_warps=p.plan.output_warps,
+            begins = p.x if starts is None else starts
+            launch(
+                ss2d_output,
+                (p.grid(p.plan.output),),
+                (p.x, *p.inputs, p.skip, p.order, begins, saved, total, y, *p.sizes, axis),
+                {**p.constants, "CHANNELS": p.plan.output, "CARRIED": starts is not None, "SAVE": save,
+                 "FIRST": axis == 0, "num_warps": p.plan.output_warps},
             )  # fmt: skip
     return y, saved
 
@@ -174,11 +183,13 @@ def backward(
     parameters = p.new(p.groups, sum(sizes))
     for axis in range(2):
         with torch.cuda.device_of(x):
-            ss2d_gradients[(p.grid(p.plan.gradients),)](
-                g, p.x, *p.inputs, p.skip, p.order, g if starts is None else starts, saved,
-                total, dx, dp, parameters, *p.sizes, axis,
-                **p.constants, PP=_power_of_two(p.pitch), CHANNELS=p.plan.gradients, CARRIED=starts is not None,
-                FIRST=axis == 0, num_warps=p.plan.gradients_warps,
+            begins = g if starts is None else starts
+            launch(
+                ss2d_gradients,
+                (p.grid(p.plan.gradients),),
+                (g, p.x, *p.inputs, p.skip, p.order, begins, saved, total, dx, dp, parameters, *p.sizes, axis),
+                {**p.constants, "PP": _power_of_two(p.pitch), "CHANNELS": p.plan.gradients,
+                 "CARRIED": starts is not None, "FIRST": axis == 0, "num_warps": p.plan.gradients_warps},
             )  # fmt: skip
     d_projected = dp[0] if blocks == 1 else dp.sum(0, dtype=torch.float32)
     d_weight, d_bias, d_A, d_D = parameters.sum(0).split(sizes)

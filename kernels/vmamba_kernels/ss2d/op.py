@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from vmamba_kernels.backend import backend_for
+from vmamba_kernels.launch import custom_op
 from vmamba_kernels.scan.op import scan_flops
 from vmamba_kernels.ss2d import fast
 from vmamba_kernels.ss2d.order import PATTERNS
@@ -48,7 +49,7 @@ def ss2d_scan(
     # Inference keeps no states. A scan that a checkpoint runs without gradients is run again with them.
     save = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
     y: Tensor
-    y, _ = _ss2d_scan(*inputs, pattern, chosen, save)
+    y, _ = scan_forward(*inputs, pattern, chosen, save)
     return y
 
 
@@ -79,8 +80,8 @@ def _check(
             )
 
 
-@torch.library.custom_op("vmamba::ss2d_scan", mutates_args=())
-def _ss2d_scan(
+@custom_op("vmamba::ss2d_scan")
+def scan_forward(
     x: Tensor,
     projected: Tensor,
     dt_weight: Tensor,
@@ -91,12 +92,13 @@ def _ss2d_scan(
     backend: str,
     save: bool,
 ) -> tuple[Tensor, Tensor]:
+    """The op itself: y and the states for the backward where `save`; `backend` is torch or triton."""
     if backend == "triton":
         return fused.forward(x, projected, dt_weight, dt_bias, A, D, pattern, save)
     return fast.forward(x, projected, dt_weight, dt_bias, A, D, pattern)
 
 
-@_ss2d_scan.register_fake
+@scan_forward.register_fake
 def _(
     x: Tensor,
     projected: Tensor,
@@ -113,8 +115,8 @@ def _(
     return x.new_empty(x.shape), fast.empty_saved(x, A)
 
 
-@torch.library.custom_op("vmamba::ss2d_scan_backward", mutates_args=())
-def _ss2d_scan_backward(
+@custom_op("vmamba::ss2d_scan_backward")
+def scan_backward(
     grad_y: Tensor,
     saved: Tensor,
     x: Tensor,
@@ -126,12 +128,13 @@ def _ss2d_scan_backward(
     pattern: str,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The adjoint as an op: the gradients of x, projected, dt_weight, dt_bias, A and D."""
     if backend == "triton":
         return fused.backward(grad_y, saved, x, projected, dt_weight, dt_bias, A, D, pattern)
     return fast.backward(grad_y, saved, x, projected, dt_weight, dt_bias, A, D, pattern)
 
 
-@_ss2d_scan_backward.register_fake
+@scan_backward.register_fake
 def _(
     grad_y: Tensor,
     saved: Tensor,
@@ -159,10 +162,10 @@ def _backward(ctx: Any, grad_y: Tensor | None, _: None) -> tuple[Tensor | None, 
     if grad_y is None:
         return (None,) * 9
     saved, *tensors = ctx.saved_tensors
-    return (*_ss2d_scan_backward(grad_y, saved, *tensors, ctx.pattern, ctx.backend), None, None, None)
+    return (*scan_backward(grad_y, saved, *tensors, ctx.pattern, ctx.backend), None, None, None)
 
 
-_ss2d_scan.register_autograd(_backward, setup_context=_setup)
+scan_forward.register_autograd(_backward, setup_context=_setup)
 
 
 def ss2d_flops(x: Sequence[int], rank: int, state: int) -> int:

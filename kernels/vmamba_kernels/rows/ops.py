@@ -1,0 +1,308 @@
+# mypy: allow-untyped-calls
+"""Arithmetic on rows as `torch.library` ops: Triton on CUDA (and where it is interpreted), plain torch elsewhere.
+
+Law: x is (M, C), contiguous; `keep` (samples) scales the rows of each sample, `per` rows a sample; sums and statistics
+are float32 (float64 for float64). `norm` has an autograd formula; the others are the parts that a hand-written backward
+is put together from. A compiled model needs none of them: inductor fuses the plain one.
+"""
+
+import importlib.util
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vmamba_kernels.backend import backend_for, interpreted
+from vmamba_kernels.launch import custom_op, launch
+
+if importlib.util.find_spec("triton") is not None:
+    import triton
+
+    from vmamba_kernels.rows.triton_rows import rows_gelu_backward, rows_norm, rows_norm_backward, rows_scale
+
+# Programs that walk rows and sum: enough to fill a GPU, and as many on each, as the order of sums follows from it.
+PROGRAMS = 1024
+TILE = 2048  # elements a program holds at once
+COLUMNS = 128
+
+
+def _as_triton(x: Tensor) -> bool:
+    asked = "triton" if interpreted() and x.dtype != torch.float64 else "auto"
+    return x.numel() > 0 and backend_for(asked, x) == "triton"
+
+
+def _tiles(channels: int) -> tuple[int, int, int]:
+    """Rows of a tile, lanes a row and warps."""
+    padded = max(16, int(triton.next_power_of_2(channels)))
+    return max(1, TILE // padded), padded, 4 if padded <= TILE else 8
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _scaled(branch: Tensor, keep: Tensor | None, per: int, dtype: torch.dtype) -> Tensor:
+    if keep is None:
+        return branch.to(dtype, copy=True)
+    return (branch.view(-1, per, branch.shape[1]) * keep.view(-1, 1, 1)).to(dtype).view_as(branch)
+
+
+def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
+    """What a kernel is handed in the place of a tensor that it will not touch."""
+    return other if tensor is None else tensor
+
+
+def _stride(keep: Tensor | None) -> int:
+    return 0 if keep is None else keep.stride(0)
+
+
+@custom_op("vmamba::norm")
+def norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return LayerNorm(x) in `dtype`, and of each row the mean and 1 / standard deviation (2, M)."""
+    if not _as_triton(x):
+        return _norm(x, weight, bias, eps, dtype)
+    y = torch.empty_like(x, dtype=dtype)
+    return y, _launch_norm(x, None, None, 1, weight, bias, x, y, eps)
+
+
+@norm.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x, dtype=dtype), x.new_empty((2, x.shape[0]), dtype=_wide(x))
+
+
+def _norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    wide = _wide(x)
+    y, mean, rstd = torch.native_layer_norm(x.to(wide), [x.shape[1]], weight.to(wide), bias.to(wide), eps)
+    return y.to(dtype), torch.stack((mean.view(-1), rstd.view(-1)))
+
+
+@custom_op("vmamba::add_norm")
+def add_norm(
+    x: Tensor, branch: Tensor, keep: Tensor | None, per: int, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return x + keep * branch in x's dtype, its LayerNorm in the branch's, and the rows' statistics (2, M)."""
+    if not _as_triton(x):
+        total = x + _scaled(branch, keep, per, branch.dtype)
+        return (total, *_norm(total, weight, bias, eps, branch.dtype))
+    total, y = torch.empty_like(x), torch.empty_like(branch)
+    return total, y, _launch_norm(x, branch, keep, per, weight, bias, total, y, eps)
+
+
+@add_norm.register_fake
+def _(
+    x: Tensor, branch: Tensor, keep: Tensor | None, per: int, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    stats = x.new_empty((2, x.shape[0]), dtype=_wide(x))
+    return torch.empty_like(x), torch.empty_like(branch), stats
+
+
+@custom_op("vmamba::add_branch")
+def add_branch(x: Tensor, branch: Tensor, keep: Tensor | None, per: int) -> Tensor:
+    """Return x + keep * branch in x's dtype."""
+    if not _as_triton(x):
+        return x + _scaled(branch, keep, per, branch.dtype)
+    total = torch.empty_like(x)
+    _launch_norm(x, branch, keep, per, None, None, total, None, 0.0)
+    return total
+
+
+@add_branch.register_fake
+def _(x: Tensor, branch: Tensor, keep: Tensor | None, per: int) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _launch_norm(
+    x: Tensor, branch: Tensor | None, keep: Tensor | None, per: int, weight: Tensor | None, bias: Tensor | None,
+    total: Tensor, y: Tensor | None, eps: float,
+) -> Tensor:  # fmt: skip
+    rows, channels = x.shape
+    tile, padded, warps = _tiles(channels)
+    stats = x.new_empty((2, rows if y is not None else 0), dtype=torch.float32)
+    with torch.cuda.device_of(x):
+        launch(
+            rows_norm,
+            (triton.cdiv(rows, tile),),
+            (x, _or(branch, x), _or(keep, x), _or(weight, x), _or(bias, x), total, _or(y, x), stats, rows, per,
+             _stride(keep), eps),
+            {"C": channels, "CP": padded, "ROWS": tile, "BRANCH": branch is not None, "KEEP": keep is not None,
+             "NORM": y is not None, "num_warps": warps},
+        )  # fmt: skip
+    return stats
+
+
+@custom_op("vmamba::norm_backward")
+def norm_backward(
+    dy: Tensor, x: Tensor, stats: Tensor, weight: Tensor, bias: Tensor, again: torch.dtype | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return dx in x's dtype, d(weight, bias) (2, C), and in the dtype `again` what norm returned, else nothing."""
+    if not _as_triton(x):
+        dx, sums, y = _norm_backward(dy, x, stats, weight, bias, again)
+        return dx.to(x.dtype), sums, y
+    dx, y, _, sums = _launch_norm_backward(dy, x, stats, weight, bias, None, None, 1, None, again)
+    return dx, sums, y
+
+
+@norm_backward.register_fake
+def _(
+    dy: Tensor, x: Tensor, stats: Tensor, weight: Tensor, bias: Tensor, again: torch.dtype | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    y = torch.empty_like(x, dtype=again) if again is not None else x.new_empty(0)
+    return torch.empty_like(x), x.new_empty((2, x.shape[1]), dtype=_wide(x)), y
+
+
+def _norm_backward(
+    dy: Tensor, x: Tensor, stats: Tensor, weight: Tensor, bias: Tensor, again: torch.dtype | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    wide = _wide(x)
+    mean, rstd = stats.view(2, -1, 1)
+    x, weight, bias = x.to(wide), weight.to(wide), bias.to(wide)
+    dx, dw, db = torch.ops.aten.native_layer_norm_backward(
+        dy.to(wide), x, [x.shape[1]], mean, rstd, weight, bias, [True, True, True]
+    )
+    y = ((x - mean) * rstd * weight + bias).to(again) if again is not None else x.new_empty(0)
+    return dx, torch.stack((dw, db)), y
+
+
+@custom_op("vmamba::add_norm_backward")
+def add_norm_backward(
+    dy: Tensor,
+    residual: Tensor,
+    total: Tensor,
+    stats: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    keep: Tensor | None,
+    per: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of x and of the branch, d(weight, bias) (2, C), and again the norm of the sum.
+
+    `residual` is the gradient of the sum that comes on other ways; branch and norm are in dy's dtype.
+    """
+    if not _as_triton(total):
+        dx, sums, y = _norm_backward(dy, total, stats, weight, bias, dy.dtype)
+        dx = dx + residual
+        return dx.to(total.dtype), _scaled(dx, keep, per, dy.dtype), sums, y
+    dx, y, branch, sums = _launch_norm_backward(
+        dy, total, stats, weight, bias, residual, keep, per, dy.dtype, dy.dtype
+    )
+    return dx, branch, sums, y
+
+
+@add_norm_backward.register_fake
+def _(
+    dy: Tensor,
+    residual: Tensor,
+    total: Tensor,
+    stats: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    keep: Tensor | None,
+    per: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    sums = total.new_empty((2, total.shape[1]), dtype=_wide(total))
+    return torch.empty_like(total), torch.empty_like(dy), sums, torch.empty_like(dy)
+
+
+def _launch_norm_backward(
+    dy: Tensor, x: Tensor, stats: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, keep: Tensor | None,
+    per: int, branch: torch.dtype | None, again: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    rows, channels = x.shape
+    tile, padded, warps = _tiles(channels)
+    programs = min(PROGRAMS, triton.cdiv(rows, tile))
+    dx = torch.empty_like(x)
+    shared = x.new_empty(0) if branch is None else torch.empty_like(x, dtype=branch)
+    y = x.new_empty(0) if again is None else torch.empty_like(x, dtype=again)
+    sums = x.new_empty((programs, 2, channels), dtype=torch.float32)
+    with torch.cuda.device_of(x):
+        launch(
+            rows_norm_backward,
+            (programs,),
+            (dy, x, stats, weight, bias, _or(residual, x), _or(keep, x), dx, shared, y, sums, rows, per, _stride(keep)),
+            {"C": channels, "CP": padded, "ROWS": tile, "PROGRAMS": programs, "RESIDUAL": residual is not None,
+             "BRANCH": branch is not None, "KEEP": keep is not None, "VALUE": again is not None, "num_warps": warps},
+        )  # fmt: skip
+    return dx, y, shared, sums.sum(0)
+
+
+@custom_op("vmamba::scale_and_sum")
+def scale_and_sum(x: Tensor, keep: Tensor | None, per: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return keep * x in `dtype`, and its sum over rows (C)."""
+    if not _as_triton(x):
+        y = _scaled(x, keep, per, dtype)
+        return y, y.sum(0, dtype=_wide(x))
+    rows, channels = x.shape
+    y = torch.empty_like(x, dtype=dtype)
+    grid, sums = _walk(x)
+    with torch.cuda.device_of(x):
+        launch(
+            rows_scale,
+            grid,
+            (x, _or(keep, x), y, sums, rows, per, _stride(keep)),
+            {"C": channels, "COLUMNS": COLUMNS, "ROWS": TILE // COLUMNS, "PROGRAMS": grid[0], "KEEP": keep is not None,
+             "num_warps": 4},
+        )  # fmt: skip
+    return y, sums.sum(0)
+
+
+@scale_and_sum.register_fake
+def _(x: Tensor, keep: Tensor | None, per: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x, dtype=dtype), x.new_empty(x.shape[1], dtype=_wide(x))
+
+
+@custom_op("vmamba::gelu_backward")
+def gelu_backward(h: Tensor, dg: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return dh of g = GELU(h) by the error function, g, and the sum of dh over rows (C)."""
+    if not _as_triton(h):
+        dh = torch.ops.aten.gelu_backward(dg, h)
+        return dh, F.gelu(h), dh.sum(0, dtype=_wide(h))
+    rows, channels = h.shape
+    dh, g = torch.empty_like(h), torch.empty_like(h)
+    grid, sums = _walk(h)
+    with torch.cuda.device_of(h):
+        launch(
+            rows_gelu_backward,
+            grid,
+            (h, dg, dh, g, sums, rows),
+            {"C": channels, "COLUMNS": COLUMNS, "ROWS": TILE // COLUMNS, "PROGRAMS": grid[0], "num_warps": 4},
+        )  # fmt: skip
+    return dh, g, sums.sum(0)
+
+
+@gelu_backward.register_fake
+def _(h: Tensor, dg: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(h), torch.empty_like(h), h.new_empty(h.shape[1], dtype=_wide(h))
+
+
+def _walk(x: Tensor) -> tuple[tuple[int, int], Tensor]:
+    """A grid of programs by blocks of columns that walks all rows, and room for its partial sums."""
+    rows, channels = x.shape
+    blocks = triton.cdiv(channels, COLUMNS)
+    programs = min(triton.cdiv(2 * PROGRAMS, blocks), triton.cdiv(rows, TILE // COLUMNS))
+    return (programs, blocks), x.new_empty((programs, channels), dtype=torch.float32)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, weight, bias, *_ = inputs
+    ctx.save_for_backward(x, output[1], weight, bias)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    if dy is None:
+        return (None,) * 5
+    x, stats, weight, bias = ctx.saved_tensors
+    dx, (dw, db), _y = norm_backward(dy.contiguous(), x, stats, weight, bias, None)
+    return dx, dw.to(weight.dtype), db.to(bias.dtype), None, None
+
+
+norm.register_autograd(_backward, setup_context=_setup)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    """LayerNorm over the last dim of x (…, C), computed in float32 at least and returned in `dtype`."""
+    y: Tensor
+    y, _ = norm(x.reshape(-1, x.shape[-1]).contiguous(), weight, bias, eps, dtype)
+    return y.view(x.shape)

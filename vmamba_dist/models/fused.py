@@ -1,0 +1,311 @@
+"""A block's forward and backward in one autograd node: what Block's modules compute, with less kept and fewer launches.
+
+Law: it equals the composition of the block's modules but for rounding; a test holds the two together, and everything
+that must see the modules (compile, hooks, selective recompute) gets the composition. Kept for the backward are the
+residual stream and the scan's inputs and states; norms, SiLU, GELU and the MLP's first product are computed again in
+the backward: the hidden tokens were a third of what a block kept, and cost 2 % of a step to make again. Weights are
+cast in one call a forward.
+
+Shapes: M = B*H*W rows of C channels; D inner channels, F hidden ones, K = 4 directions, R time-step rank, N states.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vmamba_dist.models.ss2d import SS2D, LayerNorm
+from vmamba_kernels import rows
+from vmamba_kernels.launch import own_code, unobserved
+from vmamba_kernels.ss2d.op import scan_backward, scan_forward
+
+if TYPE_CHECKING:
+    from vmamba_dist.models.vmamba import Block
+
+K = 4
+
+
+class Plan(NamedTuple):
+    """What of a block is no tensor."""
+
+    eps: float
+    rank: int
+    state: int
+    pattern: str
+    backend: str
+
+
+class Weights(NamedTuple):
+    """A block's parameters; those of matrix products and the convolution also in the compute's precision."""
+
+    norm_weight: Tensor
+    norm_bias: Tensor
+    a_logs: Tensor
+    ds: Tensor
+    dt_bias: Tensor
+    out_norm_weight: Tensor
+    out_norm_bias: Tensor
+    norm2_weight: Tensor
+    norm2_bias: Tensor
+    in_proj: Tensor
+    x_proj: Tensor
+    dt_proj: Tensor
+    out_proj: Tensor
+    fc1: Tensor
+    fc1_bias: Tensor
+    fc2: Tensor
+    fc2_bias: Tensor
+    conv: Tensor
+    conv_bias: Tensor | None
+
+
+CAST_FROM = Weights._fields.index("in_proj")  # these and all that follow compute in autocast's precision
+
+
+class Ops(NamedTuple):
+    """The operations of a block that are not torch's own."""
+
+    norm: Callable[..., Any]
+    add_norm: Callable[..., Any]
+    add_branch: Callable[..., Any]
+    scan: Callable[..., Any]
+    scale_and_sum: Callable[..., Any]
+    gelu_backward: Callable[..., Any]
+    norm_backward: Callable[..., Any]
+    add_norm_backward: Callable[..., Any]
+    scan_backward: Callable[..., Any]
+
+
+OPS = Ops(
+    rows.norm, rows.add_norm, rows.add_branch, scan_forward,
+    rows.scale_and_sum, rows.gelu_backward, rows.norm_backward, rows.add_norm_backward, scan_backward,
+)  # fmt: skip
+OWN_CODE = Ops(*(own_code(op) for op in OPS))
+
+
+def _ops(x: Tensor) -> Ops:
+    return OWN_CODE if unobserved(x) else OPS
+
+
+class Kept(NamedTuple):
+    """What the backward begins with."""
+
+    x: Tensor  # (M, C), and its rows' statistics
+    x_stats: Tensor
+    before_conv: Tensor  # (B, H, W, D)
+    after_conv: Tensor  # (B, H, W, D), before SiLU
+    projected: Tensor  # (B, H, W, K*P)
+    states: Tensor
+    y: Tensor  # (M, D), the scan's, and its rows' statistics
+    y_stats: Tensor
+    x1: Tensor  # (M, C), after the first branch, and its rows' statistics
+    x1_stats: Tensor
+
+
+def weights_of(block: Block) -> Weights:
+    """The parameters of a block, in the order in which the fused block takes them."""
+    op, mlp = block.op, block.mlp
+    return Weights(
+        block.norm.weight, block.norm.bias, op.A_logs, op.Ds, op.dt_projs_bias,
+        op.out_norm.weight, op.out_norm.bias, block.norm2.weight, block.norm2.bias,
+        op.in_proj.weight, op.x_proj_weight, op.dt_projs_weight, op.out_proj.weight,
+        mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias, op.conv2d.weight, op.conv2d.bias,
+    )  # fmt: skip
+
+
+def parts_of(block: Block) -> list[tuple[nn.Module, type[nn.Module]]]:
+    """The modules whose forward the fused block does not call, and what it takes each for."""
+    op, mlp = block.op, block.mlp
+    return [
+        (op, SS2D), (block.norm, LayerNorm), (op.out_norm, LayerNorm), (block.norm2, LayerNorm),
+        (op.in_proj, nn.Linear), (op.conv2d, nn.Conv2d), (op.out_proj, nn.Linear),
+        (mlp.fc1, nn.Linear), (mlp.fc2, nn.Linear),
+    ]  # fmt: skip
+
+
+def run(x: Tensor, keep: Tensor | None, plan: Plan, weights: Weights) -> Tensor:
+    """Return what the block's modules make of x (B, H, W, C) and keep (B, 2)."""
+    if torch.is_grad_enabled():
+        out: Tensor = _FusedBlock.apply(x, keep, plan, *weights)
+        return out
+    return _forward(x, keep, plan, _cast(weights, _compute_dtype(x)), save=False)[0]
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+def _cast(weights: Weights, dtype: torch.dtype) -> Weights:
+    """Bring the weights of products and convolution to the compute's precision, the others to float32 at least."""
+    whole: Sequence[Tensor] = weights[:CAST_FROM]  # type: ignore[assignment]  # the optional bias is the last
+    fixed = [t.to(torch.promote_types(t.dtype, torch.float32)) for t in whole]
+    wide = [t for t in weights[CAST_FROM:] if t is not None and t.dtype != dtype]
+    narrow = [torch.empty_like(t, dtype=dtype) for t in wide]
+    if wide:
+        torch._foreach_copy_(narrow, wide)
+    there = iter(narrow)
+    cast = [t if t is None or t.dtype == dtype else next(there) for t in weights[CAST_FROM:]]
+    return Weights(*fixed, *cast)
+
+
+def _padded_x_proj(x_proj: Tensor, plan: Plan) -> Tensor:
+    """The projection's weight with rows of zeros, so that each direction's columns begin at 16 bytes."""
+    width = plan.rank + 2 * plan.state
+    if plan.backend == "torch" or width % 8 == 0:
+        return x_proj
+    return F.pad(x_proj.view(K, width, -1), (0, 0, 0, -width % 8)).flatten(0, 1)
+
+
+def _scan_inputs(plan: Plan, w: Weights, channels: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The scan's weights: of the time steps (K, D, R) and their bias (K, D), A (K*D, N) and D (K*D)."""
+    dt = w.dt_proj.view(K, channels, plan.rank)
+    return dt, w.dt_bias.view(K, channels), -torch.exp(w.a_logs), w.ds
+
+
+def _forward(
+    x: Tensor, keep: Tensor | None, plan: Plan, w: Weights, *, save: bool
+) -> tuple[Tensor, Kept | None]:
+    batch, height, width, dim = x.shape
+    per, dtype = height * width, w.in_proj.dtype
+    first, second = _columns(keep)
+    ops = _ops(x)
+    x_rows = x.reshape(-1, dim).contiguous()
+    normed, x_stats = ops.norm(x_rows, w.norm_weight, w.norm_bias, plan.eps, dtype)
+    before = torch.mm(normed, w.in_proj.t()).view(batch, height, width, -1)
+    after = _convolve(before, w)
+    u = F.silu(after)
+    channels = u.shape[-1]
+    projected = F.linear(u, _padded_x_proj(w.x_proj, plan))
+    y, states = ops.scan(u, projected, *_scan_inputs(plan, w, channels), plan.pattern, plan.backend, save)
+    y = y.view(-1, channels)
+    normed, y_stats = ops.norm(y, w.out_norm_weight, w.out_norm_bias, plan.eps, dtype)
+    branch = torch.mm(normed, w.out_proj.t())
+    x1, normed, x1_stats = ops.add_norm(x_rows, branch, first, per, w.norm2_weight, w.norm2_bias, plan.eps)
+    hidden = torch.addmm(w.fc1_bias, normed, w.fc1.t())
+    branch = torch.addmm(w.fc2_bias, F.gelu(hidden), w.fc2.t())
+    out = ops.add_branch(x1, branch, second, per).view(x.shape)
+    if not save:
+        return out, None
+    return out, Kept(x_rows, x_stats, before, after, projected, states, y, y_stats, x1, x1_stats)
+
+
+def _columns(keep: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    return (None, None) if keep is None else (keep[:, 0], keep[:, 1])
+
+
+def _convolve(before: Tensor, w: Weights) -> Tensor:
+    channels = before.shape[-1]
+    out = F.conv2d(before.permute(0, 3, 1, 2), w.conv, w.conv_bias, padding=1, groups=channels)
+    return out.permute(0, 2, 3, 1).contiguous()
+
+
+class _FusedBlock(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, keep: Tensor | None, plan: Plan, *parameters: Tensor | None) -> Tensor:
+        weights = Weights(*parameters)  # type: ignore[arg-type]
+        cast = _cast(weights, _compute_dtype(x))
+        out, kept = _forward(x, keep, plan, cast, save=True)
+        assert kept is not None
+        ctx.plan, ctx.shape = plan, x.shape
+        ctx.dtypes = [None if t is None else t.dtype for t in weights]
+        ctx.save_for_backward(keep, *cast, *kept)
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
+        keep, *saved = ctx.saved_tensors
+        w, kept = Weights(*saved[: len(Weights._fields)]), Kept(*saved[len(Weights._fields) :])
+        d_x, d_weights = _backward(d_out.contiguous(), keep, ctx.plan, w, kept, ctx.shape)
+        needed = ctx.needs_input_grad[3:]
+        wanted = [d if ok else None for d, ok in zip(d_weights, needed, strict=True)]
+        return (
+            d_x.view(ctx.shape) if ctx.needs_input_grad[0] else None,
+            None,
+            None,
+            *_as(wanted, ctx.dtypes),
+        )
+
+
+def _as(gradients: list[Tensor | None], dtypes: list[torch.dtype | None]) -> list[Tensor | None]:
+    """Bring gradients to their parameters' precisions, all in one call."""
+    narrow = [g for g, to in zip(gradients, dtypes, strict=True) if g is not None and g.dtype != to]
+    if not narrow:
+        return gradients
+    wide = [
+        torch.empty_like(g, dtype=to)
+        for g, to in zip(gradients, dtypes, strict=True)
+        if g is not None and g.dtype != to
+    ]
+    torch._foreach_copy_(wide, narrow)
+    there = iter(wide)
+    return [g if g is None or g.dtype == to else next(there) for g, to in zip(gradients, dtypes, strict=True)]
+
+
+def _backward(
+    d_out: Tensor, keep: Tensor | None, plan: Plan, w: Weights, kept: Kept, shape: torch.Size
+) -> tuple[Tensor, Weights]:
+    _, height, width, dim = shape
+    per, dtype = height * width, w.in_proj.dtype
+    channels = kept.y.shape[1]
+    first, second = _columns(keep)
+    ops = _ops(d_out)
+
+    # The MLP, from its branch's end.
+    d_out = d_out.view(-1, dim)
+    d_branch, d_fc2_bias = ops.scale_and_sum(d_out, second, per, dtype)
+    normed, _ = ops.norm(kept.x1, w.norm2_weight, w.norm2_bias, plan.eps, dtype)
+    hidden = torch.addmm(w.fc1_bias, normed, w.fc1.t())
+    d_hidden, g, d_fc1_bias = ops.gelu_backward(hidden, torch.mm(d_branch, w.fc2))
+    del hidden
+    d_fc2 = torch.mm(d_branch.t(), g)
+    d_fc1 = torch.mm(d_hidden.t(), normed)
+    del g, d_branch, normed
+    d_x1, d_branch, d_norm2, _ = ops.add_norm_backward(
+        torch.mm(d_hidden, w.fc1), d_out, kept.x1, kept.x1_stats, w.norm2_weight, w.norm2_bias, first, per
+    )
+    del d_hidden
+
+    # SS2D, from out_proj to in_proj.
+    d_y, d_out_norm, normed = ops.norm_backward(
+        torch.mm(d_branch, w.out_proj), kept.y, kept.y_stats, w.out_norm_weight, w.out_norm_bias, dtype
+    )
+    d_out_proj = torch.mm(d_branch.t(), normed)
+    del d_branch, normed
+    u = F.silu(kept.after_conv)
+    dt, dt_bias, a, skip = _scan_inputs(plan, w, channels)
+    d_u, d_projected, d_dt, d_dt_bias, d_a, d_skip = ops.scan_backward(
+        d_y.view(u.shape), kept.states, u, kept.projected, dt, dt_bias, a, skip, plan.pattern, plan.backend
+    )
+    del d_y
+    d_projected = d_projected.flatten(0, 2)
+    d_u = torch.addmm(d_u.view(-1, channels), d_projected, _padded_x_proj(w.x_proj, plan)).view(u.shape)
+    d_x_proj = torch.mm(d_projected.t(), u.view(-1, channels)).view(K, -1, channels)
+    d_x_proj = d_x_proj[:, : plan.rank + 2 * plan.state].reshape(w.x_proj.shape)
+    del u, d_projected
+    d_after = torch.ops.aten.silu_backward(d_u, kept.after_conv)
+    del d_u
+    d_before, d_conv, d_conv_bias = torch.ops.aten.convolution_backward(
+        d_after.permute(0, 3, 1, 2), kept.before_conv.permute(0, 3, 1, 2), w.conv,
+        None if w.conv_bias is None else [channels], [1, 1], [1, 1], [1, 1], False, [0, 0], channels,
+        [True, True, w.conv_bias is not None],
+    )  # fmt: skip
+    del d_after
+    d_before = d_before.permute(0, 2, 3, 1).reshape(-1, channels)
+    # The residual's gradient joins here; nothing is kept of it.
+    d_x, _, d_norm, normed = ops.add_norm_backward(
+        torch.mm(d_before, w.in_proj), d_x1, kept.x, kept.x_stats, w.norm_weight, w.norm_bias, None, per
+    )
+    d_in_proj = torch.mm(d_before.t(), normed)
+    gradients = Weights(
+        d_norm[0], d_norm[1], d_a * a, d_skip, d_dt_bias.view(w.dt_bias.shape),
+        d_out_norm[0], d_out_norm[1], d_norm2[0], d_norm2[1],
+        d_in_proj, d_x_proj, d_dt.view(w.dt_proj.shape), d_out_proj,
+        d_fc1, d_fc1_bias, d_fc2, d_fc2_bias, d_conv, d_conv_bias if w.conv_bias is not None else None,
+    )  # fmt: skip
+    return d_x, gradients
