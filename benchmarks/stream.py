@@ -24,8 +24,9 @@ from sklearn.datasets import load_sample_images
 from webdataset.tariterators import group_by_keys, tar_file_iterator
 
 from vmamba_dist.config.schema import AugmentConfig, DataConfig
-from vmamba_dist.data.augment import TrainTransform, sample_seeds
+from vmamba_dist.data.augment import TrainTransform
 from vmamba_dist.data.decode import decode
+from vmamba_dist.data.draws import sample_seeds
 from vmamba_dist.data.order import choose_lanes
 from vmamba_dist.data.shards import Index, pack, read_index
 from vmamba_dist.data.stream import TrainStream
@@ -83,8 +84,7 @@ def bare(index: Index, workers: int, batches: int, seed: int = 0) -> Cost:
                 with (index.root / shard.filename).open("rb") as file:
                     members = ({**member, "__url__": ""} for member in tar_file_iterator(file))
                     for sample in group_by_keys(members):
-                        torch.default_generator.manual_seed(next(own_seeds))
-                        transform(decode(sample["jpg"]))
+                        transform(decode(sample["jpg"]), next(own_seeds))
                         int(sample["cls"])
                         images -= 1
                         yield

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections import Counter
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -11,21 +14,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from timm.data.mixup import mixup_target
-from torchvision.transforms import InterpolationMode
+from torchvision.transforms import InterpolationMode, v2
+from torchvision.transforms.v2 import functional as F
 
 from shardsets import picture
 from vmamba_dist.config.schema import AugmentConfig
 from vmamba_dist.data.augment import (
+    RESAMPLE,
     DeviceTransform,
     EvalTransform,
     Normalize,
-    RandAugment,
     TrainTransform,
-    borrowed_generator,
     draw_mix,
-    sample_seeds,
+    operate,
 )
 from vmamba_dist.data.batch import Batch
+from vmamba_dist.data.draws import RANDAUGMENT, Drawing, randaugment, sample_seeds
 
 CPU = torch.device("cpu")
 PLAIN = AugmentConfig(erasing=0, mixup=0, cutmix=0)
@@ -63,9 +67,7 @@ def test_a_sample_is_a_function_of_its_seed_and_the_callers_state_is_untouched(c
     before = torch.get_rng_state()
 
     def make(position: int) -> torch.Tensor:
-        with borrowed_generator() as random:
-            random.manual_seed(sample_seeds(1, 2, [position])[0])
-            return transform(picture(5))
+        return transform(picture(5), sample_seeds(1, 2, [position])[0])
 
     images = [make(position) for position in range(8)]
     assert all(image.shape == (3, 20, 20) and image.dtype == torch.uint8 for image in images)
@@ -74,17 +76,51 @@ def test_a_sample_is_a_function_of_its_seed_and_the_callers_state_is_untouched(c
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_the_generator_comes_back_also_after_an_error() -> None:
-    before = torch.get_rng_state()
+@pytest.mark.parametrize(
+    "config",
+    [
+        AugmentConfig(),
+        AugmentConfig(crop_ratio=(3.0, 3.5), hflip=0.3),
+        AugmentConfig(crop=False, rotate_deg=10, shift=0.06, zoom=0.1, randaugment_ops=0),
+        AugmentConfig(color_jitter=0.4, randaugment_ops=0, interpolation="bilinear"),
+    ],
+    ids=["recipe", "no crop fits", "digits", "jitter"],
+)
+def test_draws_and_pixels_are_those_of_torchvisions_transforms(config: AugmentConfig) -> None:
+    """Without RandAugment, whose ranges are timm's: the same generator, seeded alike, and the same bytes."""
+    config = dataclasses.replace(config, randaugment_ops=0)
+    size, how = 20, InterpolationMode(config.interpolation)
+    steps: list[Callable[[Image.Image], Image.Image]] = [
+        v2.RandomResizedCrop([size, size], config.crop_scale, config.crop_ratio, interpolation=how)
+        if config.crop
+        else v2.Resize([size, size], interpolation=how),
+        v2.RandomHorizontalFlip(config.hflip),
+    ]
+    if config.rotate_deg:
+        shift, zoom = (config.shift, config.shift), (1 - config.zoom, 1 + config.zoom)
+        steps.append(v2.RandomAffine(config.rotate_deg, translate=shift, scale=zoom, interpolation=how))
+    if config.color_jitter:
+        steps.append(v2.ColorJitter(*[config.color_jitter] * 3))
+    ours = TrainTransform(config, size)
+    for seed in range(40):
+        image = picture(seed)
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            theirs = image
+            for step in steps:
+                theirs = step(theirs)
+        assert np.array_equal(ours(image, seed).permute(1, 2, 0).numpy(), np.asarray(theirs))
 
-    def fail() -> None:
-        with borrowed_generator() as random:
-            random.manual_seed(3)
-            raise ValueError("x")
 
-    with pytest.raises(ValueError, match="x"):
-        fail()
-    assert torch.equal(torch.get_rng_state(), before)
+def test_randaugment_draws_what_the_recipe_says() -> None:
+    draw = Drawing(AugmentConfig(crop=False, hflip=0, randaugment_std=0), 32)
+    drawn = [draw(40, 40, seed).operations for seed in range(3000)]
+    assert np.mean([len(operations) for operations in drawn]) == pytest.approx(1.0, abs=0.05)
+    names = Counter(operation.name for operations in drawn for operation in operations)
+    assert names["warp"] / names.total() == pytest.approx(5 / 15, abs=0.04)
+    assert names["invert"] / names.total() == pytest.approx(1 / 15, abs=0.02)
+    factors = {o.argument[0] for operations in drawn for o in operations if o.name == "color"}
+    assert sorted(factors) == pytest.approx([1 - 0.81, 1 + 0.81])
 
 
 def test_sample_seeds_differ() -> None:
@@ -94,26 +130,46 @@ def test_sample_seeds_differ() -> None:
     assert all(0 <= made < 2**32 for made in seeds)
 
 
-@pytest.mark.parametrize("name", RandAugment.OPERATIONS)
+def changed(image: Image.Image, name: str, level: float, sign: float, how: str = "bicubic") -> Image.Image:
+    return operate(image, randaugment(name, level, sign, image.width, (0.0, 0.0, 0.0)), RESAMPLE[how])
+
+
+@pytest.mark.parametrize("name", RANDAUGMENT)
 @pytest.mark.parametrize("level", [0.0, 0.9, 1.0])
 def test_randaugment_operations_keep_size_and_mode(name: str, level: float) -> None:
-    augment = RandAugment(AugmentConfig(), InterpolationMode.BICUBIC)
+    image = picture(3).resize((19, 19))
     for sign in (-1.0, 1.0):
-        out = augment.operate(picture(3), name, level, sign)
-        assert (out.size, out.mode) == (picture(3).size, "RGB")
+        out = changed(image, name, level, sign)
+        assert (out.size, out.mode) == (image.size, "RGB")
     if name not in ("autocontrast", "equalize", "invert"):  # these know no level
-        same = np.array_equal(np.asarray(augment.operate(picture(3), name, 0.0, 1.0)), np.asarray(picture(3)))
+        same = np.array_equal(np.asarray(changed(image, name, 0.0, 1.0)), np.asarray(image))
         assert same or name == "posterize"
-        assert not np.array_equal(np.asarray(out), np.asarray(picture(3))) or level == 0
+        assert not np.array_equal(np.asarray(out), np.asarray(image)) or level == 0
+
+
+@pytest.mark.parametrize("level", [0.3, 0.9])
+def test_geometric_operations_are_torchvisions(level: float) -> None:
+    image = picture(3).resize((19, 19))
+    fill, bicubic = [0.0, 0.0, 0.0], InterpolationMode.BICUBIC
+    angle, shear, shift = 30.0 * level, math.degrees(math.atan(0.3 * level)), int(0.45 * level * 19)
+    expected = {"rotate": F.rotate(image, angle, interpolation=bicubic, fill=fill)}
+    for name, sheared, moved in (
+        ("shear_x", [shear, 0.0], [0, 0]),
+        ("shear_y", [0.0, shear], [0, 0]),
+        ("translate_x", [0.0, 0.0], [shift, 0]),
+        ("translate_y", [0.0, 0.0], [0, shift]),
+    ):
+        expected[name] = F.affine(image, 0.0, moved, 1.0, sheared, bicubic, fill, center=[0.0, 0.0])
+    for name, theirs in expected.items():
+        assert np.array_equal(np.asarray(changed(image, name, level, 1.0)), np.asarray(theirs)), name
 
 
 def test_geometric_operations_move_the_picture_as_said() -> None:
-    augment = RandAugment(AugmentConfig(mean=(0, 0, 0)), InterpolationMode.NEAREST)
     dot = np.zeros((21, 21, 3), np.uint8)
     dot[10, 10] = 255
 
     def where(name: str, level: float, sign: float) -> tuple[int, int]:
-        out = np.asarray(augment.operate(Image.fromarray(dot), name, level, sign))[:, :, 0]
+        out = np.asarray(changed(Image.fromarray(dot), name, level, sign, "nearest"))[:, :, 0]
         y, x = np.argwhere(out > 0).mean(0)
         return round(y), round(x)
 

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from vmamba_dist.config import Config, ConfigError, from_dict, load, to_dict, to_yaml, trajectory
+from vmamba_dist.config.addresses import redact
+from vmamba_dist.config.schema import SourceConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -96,3 +98,76 @@ def test_every_group_and_field_is_documented_where_it_is_defined() -> None:
 @pytest.mark.parametrize("file", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda p: p.stem)
 def test_shipped_configs_load(file: Path) -> None:
     load([f"config={file}"])
+
+
+def test_a_mixture_is_a_list_and_survives_the_run_directory(tmp_path: Path) -> None:
+    sources = "data.train=[{path: a, weight: 3}, {path: 's3://b/x-{000..099}.tar'}]"
+    mixture = load([sources])
+    assert mixture.data.train == (SourceConfig("a", 3.0), SourceConfig("s3://b/x-{000..099}.tar", 1.0))
+    file = tmp_path / "c.yaml"
+    file.write_text(to_yaml(mixture))
+    assert load([f"config={file}"]) == mixture
+    assert load(["data.train=b"], base=to_dict(mixture)).data.train == "b"
+    assert load([sources], base=to_dict(load(["data.train=b"]))) == mixture
+    assert load(["data.train=x/y-{000..009}.tar"]).data.train == "x/y-{000..009}.tar"
+    assert (
+        load(["data.s3.endpoint_url=https://s3.example.org"]).data.s3.endpoint_url == "https://s3.example.org"
+    )
+
+
+@pytest.mark.parametrize(
+    ("word", "says"),
+    [
+        (
+            "data.train=https://me:hush@host/x",
+            "data.train='https://…@host/x': a user or a password in an address",
+        ),
+        ("data.train=s3://AKIA:hush@bucket/x", "data.train='s3://…@bucket/x': a user or a password"),
+        (
+            "data.train=https://h/x?X-Amz-Signature=hush",
+            "'https://h/x?…': a signed address (X-Amz-Signature=…)",
+        ),
+        ("data.train=https://h/x?a=1&sig=hush", "a signed address (sig=…)"),
+        ("eval.data=https://h/x?access_token=hush", "eval.data='https://h/x?…': a signed address"),
+        ("data.train=[{path: 'https://me:hush@h/x'}]", "data.train[].path='https://…@h/x'"),
+        (
+            "data.s3.endpoint_url=https://me:hush@h",
+            "data.s3.endpoint_url='https://…@h': a user or a password",
+        ),
+        ("data.s3.secret_access_key=hush", "data.s3.secret_access_key: no key, and its value is not told"),
+        ("data.s3.aws_session_token=hush", "data.s3.aws_session_token: no key"),
+        ("data.trian=https://me:hush@host/x", "unknown key; did you mean data.train?"),
+    ],
+)
+def test_no_credential_comes_from_a_config_and_none_is_told(word: str, says: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load([word])
+    assert says in str(caught.value)
+    assert "hush" not in str(caught.value) + repr(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("word", "says"),
+    [
+        ("data.train=[{path: a, wieght: 3}]", "data.train[0].wieght=3: unknown key"),
+        ("data.train=[{weight: 3}]", "data.train[0].path is not set; an item has path, weight"),
+        ("data.train=[{path: a, weight: 0}]", "data.train[].weight=0.0: use more than 0"),
+        ("data.train=[]", "data.train=[]: a mixture needs a source"),
+        ("data.train=[a]", "data.train[0]='a': give {path: …, weight: …}"),
+        ("data.s3.endpoint_url=ftp://x", "data.s3.endpoint_url='ftp://x': give an address like https://"),
+        ("data.s3.endpoint=x", "data.s3.endpoint='x': unknown key; did you mean data.s3.endpoint_url?"),
+        ("data.cache_dir=s3://b/x", "data.cache_dir='s3://b/x': use a local folder"),
+        ("data.cache_gib=0", "data.cache_gib=0.0: use more than 0 GiB"),
+        ("data.read_attempts=0", "data.read_attempts=0: use 1 or more"),
+        ("data.keep_index=no", "data.keep_index=False: choose one of run, beside"),
+    ],
+)
+def test_a_mistake_about_sources_names_the_key(word: str, says: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load([word])
+    assert says in str(caught.value)
+
+
+def test_addresses_are_told_without_what_is_secret() -> None:
+    told = redact("from https://me:pw@h:8/a.tar?sig=x, 's3://k:s@b/c' and http://h/d?x#y to file:///e?f (g)")
+    assert told == "from https://…@h:8/a.tar?… 's3://…@b/c' and http://h/d?… to file:///e?… (g)"

@@ -327,8 +327,8 @@ def test_the_fingerprint_is_of_the_content_and_not_of_the_place(tmp_path: Path) 
     ("address", "words"),
     [
         ("pipe:cat x.tar", "pipe: addresses run a shell command and are refused"),
-        ("s3://bucket/x", "s3: addresses cannot be read in this version"),
-        ("https://host/x", "https: addresses cannot be read in this version"),
+        ("s3://bucket/x", "s3: addresses cannot be read here"),
+        ("https://host/x", "https: addresses cannot be read here"),
     ],
 )
 def test_addresses_that_are_not_local_are_refused(address: str, words: str) -> None:

@@ -23,9 +23,10 @@ import torch
 from shardsets import BAD_PLACES, make_damaged_set, make_set, members, picture
 from vmamba_dist.config.schema import AugmentConfig, ConfigError, DataConfig, EvalConfig
 from vmamba_dist.data import sources
-from vmamba_dist.data.augment import TrainTransform, borrowed_generator, sample_seeds
+from vmamba_dist.data.augment import TrainTransform
 from vmamba_dist.data.badlog import BadLog
 from vmamba_dist.data.batch import BadSample, Batch
+from vmamba_dist.data.draws import sample_seeds
 from vmamba_dist.data.order import EpochOrder
 from vmamba_dist.data.reader import DataError
 from vmamba_dist.data.shards import Index, read_index
@@ -99,9 +100,8 @@ def test_a_batch_is_the_samples_of_its_positions(index: Index) -> None:
         assert batch.labels.tolist() == [int(key) % 5 for key in batch.keys]
         assert (batch.images.dtype, batch.images.shape) == (torch.uint8, (12, 3, SIZE, SIZE))
     png = next(i for i, key in enumerate(batches[0].keys) if int(key) % 3 == 1)  # lossless
-    with borrowed_generator() as random:
-        random.manual_seed(sample_seeds(5, 0, [png])[0])
-        assert torch.equal(batches[0].images[png], transform(picture(int(batches[0].keys[png]))))
+    seed = sample_seeds(5, 0, [png])[0]
+    assert torch.equal(batches[0].images[png], transform(picture(int(batches[0].keys[png])), seed))
 
 
 @pytest.mark.parametrize(("world", "accumulate"), [(1, 1), (1, 3), (2, 1), (3, 2)], ids=str)

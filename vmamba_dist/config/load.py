@@ -11,7 +11,7 @@ import hashlib
 import json
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +19,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from vmamba_dist.config.addresses import WHERE, is_secret, redact
 from vmamba_dist.config.schema import Config, ConfigError
 
 _PACKAGE = Path(__file__).resolve().parent.parent
@@ -65,8 +66,7 @@ def load_beside(args: Sequence[str], group: str) -> tuple[Config, dict[str, Any]
 
 def known_keys() -> list[str]:
     """Every key of a config, as group.key."""
-    hints = typing.get_type_hints(Config)
-    return [f"{group}.{item.name}" for group, part in hints.items() for item in dataclasses.fields(part)]
+    return list(_leaves(Config, ""))
 
 
 def nearest_key(key: str) -> str:
@@ -172,6 +172,14 @@ def digest(values: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def _leaves(cls: type[Any], prefix: str) -> Iterator[str]:
+    for name, hint in typing.get_type_hints(cls).items():
+        if dataclasses.is_dataclass(hint):
+            yield from _leaves(typing.cast("type[Any]", hint), f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}"
+
+
 def _build(cls: type[Any], values: Any, prefix: str) -> Any:
     if not isinstance(values, Mapping):
         raise ConfigError(
@@ -181,12 +189,14 @@ def _build(cls: type[Any], values: Any, prefix: str) -> Any:
     for key in values:
         if key not in hints:
             full = f"{prefix}{key}"
+            if is_secret(str(key)):
+                raise ConfigError(f"{full}: no key, and its value is not told; {WHERE}")
             if full in _BESIDE:
                 raise ConfigError(f"{full}.…: this group is for {_BESIDE[full]}; leave it out here")
             candidates = known_keys() if prefix else [*hints, *known_keys()]
             near = difflib.get_close_matches(full, candidates, n=1, cutoff=0.4)
             hint = f"; did you mean {near[0]}?" if near else f"; keys here: {', '.join(hints)}"
-            raise ConfigError(f"{full}={values[key]!r}: unknown key{hint}")
+            raise ConfigError(f"{full}={redact(repr(values[key]))}: unknown key{hint}")
     arguments = {}
     for key, value in values.items():
         hint = hints[key]
@@ -195,6 +205,18 @@ def _build(cls: type[Any], values: Any, prefix: str) -> Any:
         else:
             arguments[key] = _convert(f"{prefix}{key}", value, hint)
     return cls(**arguments)
+
+
+def _build_item(cls: type[Any], item: Any, key: str) -> Any:
+    """Build an item of a list, which has keys without a default."""
+    names = [field.name for field in dataclasses.fields(cls)]
+    if not isinstance(item, Mapping):
+        form = ", ".join(f"{name}: …" for name in names)
+        raise ConfigError(f"{key}={redact(repr(item))}: give {{{form}}}")
+    for field in dataclasses.fields(cls):
+        if field.default is dataclasses.MISSING and field.name not in item:
+            raise ConfigError(f"{key}.{field.name} is not set; an item has {', '.join(names)}")
+    return _build(cls, item, f"{key}.")
 
 
 def _example(prefix: str) -> str:
@@ -210,12 +232,18 @@ def _convert(key: str, value: Any, hint: Any) -> Any:
             raise ConfigError(f"{key}={value!r}: choose one of {', '.join(map(str, inner))}")
         return value
     if origin in (types.UnionType, typing.Union):
-        if value is None:
+        if value is None and type(None) in inner:
             return None
-        return _convert(key, value, next(t for t in inner if t is not type(None)))
+        listed = next((t for t in inner if typing.get_origin(t) is tuple), None)
+        if listed is not None and isinstance(value, Sequence) and not isinstance(value, str):
+            return _convert(key, value, listed)
+        return _convert(key, value, next(t for t in inner if t not in (type(None), listed)))
     if origin is tuple and inner[-1] is Ellipsis:
         if not isinstance(value, Sequence) or isinstance(value, str):
             raise ConfigError(f"{key}={value!r}: give a list, for example {key}=[…]")
+        if dataclasses.is_dataclass(inner[0]):
+            item = typing.cast("type[Any]", inner[0])
+            return tuple(_build_item(item, v, f"{key}[{i}]") for i, v in enumerate(value))
         return tuple(_convert(f"{key}[{i}]", v, inner[0]) for i, v in enumerate(value))
     if origin is tuple:
         if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != len(inner):

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from vmamba_dist.config.addresses import fault_of, redact
+
 
 class UserError(Exception):
     """What its user can mend: told in one line, without a traceback."""
@@ -33,6 +35,12 @@ def added(default: Any) -> Any:
 def _require(ok: bool, key: str, value: object, fix: str) -> None:
     if not ok:
         raise ConfigError(f"{key}={value!r}: {fix}")
+
+
+def _check_address(key: str, address: str) -> None:
+    fault = fault_of(address)
+    if fault:
+        raise ConfigError(f"{key}={redact(address)!r}: {fault}")
 
 
 def _listed(values: Sequence[int]) -> str:
@@ -126,16 +134,59 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
+class S3Config:
+    """Where s3:// addresses lead. Region, profile and credentials are the environment's."""
+
+    endpoint_url: str = replaceable("")  # of another service than Amazon's; "": as the environment says
+
+    def __post_init__(self) -> None:
+        _require(
+            self.endpoint_url == "" or self.endpoint_url.startswith(("http://", "https://")),
+            "data.s3.endpoint_url",
+            redact(self.endpoint_url),
+            "give an address like https://storage.example.org",
+        )
+        _check_address("data.s3.endpoint_url", self.endpoint_url)
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """One source of a mixture: an item of data.train where that is a list."""
+
+    path: str  # a folder, address or pattern, as data.train alone
+    weight: float = 1.0  # its share of the samples is weight / sum of all weights
+
+    def __post_init__(self) -> None:
+        _require(self.path != "", "data.train[].path", self.path, "give a folder, an address or a pattern")
+        _check_address("data.train[].path", self.path)
+        _require(
+            self.weight > 0, "data.train[].weight", self.weight, "use more than 0, or leave the source out"
+        )
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """Which samples, in what order, read by whom."""
 
-    train: str = replaceable(
-        ""
-    )  # folder of shards with _info.json; its content, not its path, is in the digest
+    # A folder, https://…, s3://bucket/prefix, a pattern like …/name-{000000..000099}.tar, or a mixture:
+    # [{path: …, weight: …}, …]. The content and the weights, not the addresses, are in the digest.
+    train: str | tuple[SourceConfig, ...] = replaceable("")
+    keep_index: Literal["run", "beside"] = replaceable(
+        "run"
+    )  # where an index that had to be made is kept: in the run directory, or beside the shards for all runs
+    cache_dir: str = replaceable("")  # folder on the machine's own disk, shared by its ranks; "": no cache
+    cache_gib: float = replaceable(64.0)  # GiB that the cache may take; the least recently used shard goes
+    read_timeout_s: float = replaceable(30.0)  # seconds that one request of an object store may take
+    read_attempts: int = replaceable(8)  # requests for one range that may fail; waits between grow to 16 s
+    max_failures: int = replaceable(
+        64
+    )  # a source's failed requests in a reader; ten that work make up for one
+    s3: S3Config = field(default_factory=S3Config, metadata={"trajectory": False})
     split: str = "train"  # which split of that index
     image_size: int = 224  # px, square, a multiple of 4
     global_batch: int = 1024  # samples an update, over all ranks (the paper's)
     workers: int = replaceable(4)  # reader processes a rank; 0 reads in the training process
+    decoder: Literal["pil", "torchvision", "gpu"] = "pil"  # who decodes JPEGs for training (docs/decoding.md)
     prefetch: int = replaceable(2)  # micro-batches a worker reads ahead
     block: int = 16  # samples shuffled together within a lane
     lanes: int | None = None  # null: chosen once a run by the rule of order.choose_lanes, then fixed
@@ -165,6 +216,17 @@ class DataConfig:
             "use an even number, or null",
         )
         _require(self.shuffle_gib > 0, "data.shuffle_gib", self.shuffle_gib, "use more than 0 GiB")
+        if isinstance(self.train, str):
+            _check_address("data.train", self.train)
+        else:
+            _require(
+                len(self.train) > 0, "data.train", [], "a mixture needs a source: [{path: …, weight: …}]"
+            )
+        _require("://" not in self.cache_dir, "data.cache_dir", redact(self.cache_dir), "use a local folder")
+        _require(self.cache_gib > 0, "data.cache_gib", self.cache_gib, "use more than 0 GiB")
+        _require(self.read_timeout_s > 0, "data.read_timeout_s", self.read_timeout_s, "use more than 0 s")
+        _require(self.read_attempts >= 1, "data.read_attempts", self.read_attempts, "use 1 or more")
+        _require(self.max_failures >= 1, "data.max_failures", self.max_failures, "use 1 or more")
         _require(
             0 <= self.max_bad_fraction < 1, "data.max_bad_fraction", self.max_bad_fraction, "use 0 … below 1"
         )
@@ -411,7 +473,7 @@ class CheckpointConfig:
 class EvalConfig:
     """Evaluation during training, and `vmamba eval`."""
 
-    data: str = replaceable("")  # folder of shards; "": data.train's
+    data: str = replaceable("")  # folder, address or pattern; "": data.train's, of a mixture the first one's
     split: str = replaceable("auto")  # auto: the first of val, validation, test that the index has
     every_epochs: float = replaceable(1.0)  # 0: only at the end
     batch: int = replaceable(128)  # samples a rank
@@ -426,6 +488,7 @@ class EvalConfig:
     checkpoint: str = replaceable("")  # `vmamba eval`: a checkpoint or a run directory (its newest whole one)
 
     def __post_init__(self) -> None:
+        _check_address("eval.data", self.data)
         _require(self.every_epochs >= 0, "eval.every_epochs", self.every_epochs, "use 0 or more")
         _require(self.batch >= 1, "eval.batch", self.batch, "use 1 or more")
         _require(0 < self.crop <= 1, "eval.crop", self.crop, "use above 0 … 1")

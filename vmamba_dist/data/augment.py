@@ -3,8 +3,8 @@
 Law: every draw is a function of (seed, epoch, position), or of (seed, step) for mixing, and of nothing else;
 the caller's own random state is as it was before.
 
-On the host, a sample at a time, RGB → uint8: crop, flip, rotate, RandAugment, jitter. torchvision's v2 has no
-generator argument, so torch's global generator is seeded for each sample and given back after the batch.
+First, RGB → (3, S, S) uint8, as draws.Draw says: crop, flip, rotate, RandAugment, jitter. Here with Pillow, an
+image at a time; pixels.py does the same to a batch of tensors.
 On the device, a micro-batch at a time: normalise, erase, mix. Erased boxes and their noise are hashed from the
 position (core.rng.counter_uniform), so a sample's noise does not depend on the batch it is in.
 """
@@ -12,80 +12,49 @@ position (core.rng.counter_uniform), so a sample's noise does not depend on the 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageEnhance, ImageOps
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
-from torchvision.transforms.v2 import functional as F
 
 from vmamba_dist.config.schema import AugmentConfig
-from vmamba_dist.core.rng import counter_uniform, generator, tag
+from vmamba_dist.core.rng import counter_uniform, generator
 from vmamba_dist.data.batch import Batch
+from vmamba_dist.data.draws import Draw, Drawing, Operation
 
-_AUGMENT = tag("augment")
-
-
-@contextmanager
-def borrowed_generator() -> Iterator[torch.Generator]:
-    """Lend torch's global CPU generator, and give it back in the state it had."""
-    state = torch.default_generator.get_state()
-    try:
-        yield torch.default_generator
-    finally:
-        torch.default_generator.set_state(state)
-
-
-def sample_seeds(seed: int, epoch: int, positions: Sequence[int]) -> list[int]:
-    """Give the seeds of samples' host transforms: 32 bits each, hashed from (seed, epoch, position).
-
-    SplitMix64 (Steele et al., 2014) at the place `position` of a sequence that (seed, epoch) begins.
-    """
-    begin = np.random.SeedSequence([seed, _AUGMENT, epoch]).generate_state(1, np.uint64)
-    x = begin + np.asarray(positions, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return (x >> np.uint64(32)).tolist()  # type: ignore[no-any-return]
+RESAMPLE = {
+    "bicubic": Image.Resampling.BICUBIC,
+    "bilinear": Image.Resampling.BILINEAR,
+    "nearest": Image.Resampling.NEAREST,
+}
 
 
 class TrainTransform:
-    """RGB image → (3, S, S) uint8, with draws from torch's global generator."""
+    """RGB image → (3, S, S) uint8, by Pillow."""
 
     def __init__(self, augment: AugmentConfig, image_size: int) -> None:
-        size = [image_size, image_size]
-        how = InterpolationMode(augment.interpolation)
-        steps: list[Callable[[Image.Image], Image.Image]] = []
-        if augment.crop:
-            steps.append(
-                v2.RandomResizedCrop(size, augment.crop_scale, augment.crop_ratio, interpolation=how)
-            )
-        else:
-            steps.append(v2.Resize(size, interpolation=how))
-        if augment.hflip:
-            steps.append(v2.RandomHorizontalFlip(augment.hflip))
-        if augment.rotate_deg or augment.shift or augment.zoom:
-            steps.append(
-                v2.RandomAffine(
-                    augment.rotate_deg,
-                    translate=(augment.shift, augment.shift),
-                    scale=(1 - augment.zoom, 1 + augment.zoom),
-                    interpolation=how,
-                )
-            )
-        if augment.randaugment_ops:
-            steps.append(RandAugment(augment, how))
-        if augment.color_jitter:
-            steps.append(v2.ColorJitter(*[augment.color_jitter] * 3))
-        self._steps = steps
+        self.draw = Drawing(augment, image_size)
+        self._size = image_size
+        self._resample = RESAMPLE[augment.interpolation]
 
-    def __call__(self, image: Image.Image) -> Tensor:
-        for step in self._steps:
-            image = step(image)
-        return _to_tensor(image)
+    def __call__(self, image: Image.Image, seed: int) -> Tensor:
+        """Draw by `seed` and apply."""
+        return self.apply(image, self.draw(*image.size, seed))
+
+    def apply(self, image: Image.Image, draw: Draw) -> Tensor:
+        top, left, height, width = draw.crop
+        cropped = image.crop((left, top, left + width, top + height))
+        return self.finish(cropped.resize((self._size, self._size), self._resample), draw.operations)
+
+    def finish(self, image: Image.Image, operations: Sequence[Operation]) -> Tensor:
+        """Apply what follows the crop, to an image of S × S px."""
+        for operation in operations:
+            image = operate(image, operation, self._resample)
+        return to_tensor(image)
 
 
 class EvalTransform:
@@ -98,93 +67,44 @@ class EvalTransform:
         self._crop = v2.CenterCrop(size)
 
     def __call__(self, image: Image.Image) -> Tensor:
-        return _to_tensor(self._crop(self._resize(image)))
+        return to_tensor(self._crop(self._resize(image)))
 
 
-class RandAugment:
-    """RandAugment as the recipe has it (timm's `rand-m9-mstd0.5-inc1`): 15 operations, each applied with
-    probability ½ at a magnitude drawn from a normal distribution; all grow with the magnitude, 0 … 10.
-
-    Cubuk et al., 2020; the ranges are timm's "increasing" ones.
-    """
-
-    PROBABILITY = 0.5
-    OPERATIONS = (
-        *("autocontrast", "equalize", "invert", "rotate", "posterize", "solarize", "solarize_add", "color"),
-        *("contrast", "brightness", "sharpness", "shear_x", "shear_y", "translate_x", "translate_y"),
-    )
-
-    def __init__(self, augment: AugmentConfig, interpolation: InterpolationMode) -> None:
-        self._num_ops = augment.randaugment_ops
-        self._magnitude = augment.randaugment_magnitude
-        self._std = augment.randaugment_std
-        self._how = interpolation
-        self._fill = [min(255, round(255 * m)) for m in augment.mean]
-
-    def __call__(self, image: Image.Image) -> Image.Image:
-        for choice in torch.randint(len(self.OPERATIONS), (self._num_ops,)).tolist():
-            apply, sign, deviation = torch.rand(()).item(), torch.rand(()).item(), torch.randn(()).item()
-            if apply < self.PROBABILITY:
-                level = min(10.0, max(0.0, self._magnitude + self._std * deviation)) / 10
-                image = self.operate(image, self.OPERATIONS[choice], level, -1.0 if sign < 0.5 else 1.0)
-        return image
-
-    def operate(self, image: Image.Image, name: str, level: float, sign: float) -> Image.Image:
-        """Apply one operation at a level of 0 … 1."""
-        changed: Image.Image
-        match name:
-            case "autocontrast":
-                changed = F.autocontrast(image)
-            case "equalize":
-                changed = F.equalize(image)
-            case "invert":
-                changed = F.invert(image)
-            case "rotate":
-                changed = F.rotate(image, 30.0 * level * sign, interpolation=self._how, fill=self._fill)
-            case "posterize":
-                changed = F.posterize(image, max(1, 4 - int(4 * level)))
-            case "solarize":
-                changed = F.solarize(image, 256 - min(256, int(256 * level)))
-            case "solarize_add":
-                add = min(128, int(110 * level))
-                changed = image.point([min(255, i + add) if i < 128 else i for i in range(256)] * 3)
-            case "color":
-                changed = F.adjust_saturation(image, max(0.1, 1 + 0.9 * level * sign))
-            case "contrast":
-                changed = F.adjust_contrast(image, max(0.1, 1 + 0.9 * level * sign))
-            case "brightness":
-                changed = F.adjust_brightness(image, max(0.1, 1 + 0.9 * level * sign))
-            case "sharpness":
-                changed = F.adjust_sharpness(image, max(0.1, 1 + 0.9 * level * sign))
-            case "shear_x":
-                changed = self._affine(image, shear=[math.degrees(math.atan(0.3 * level * sign)), 0.0])
-            case "shear_y":
-                changed = self._affine(image, shear=[0.0, math.degrees(math.atan(0.3 * level * sign))])
-            case "translate_x":
-                changed = self._affine(image, translate=[int(0.45 * level * sign * image.width), 0])
-            case "translate_y":
-                changed = self._affine(image, translate=[0, int(0.45 * level * sign * image.height)])
-            case _:
-                raise ValueError(f"no operation {name!r}")
-        return changed
-
-    def _affine(
-        self, image: Image.Image, shear: Sequence[float] = (0.0, 0.0), translate: Sequence[int] = (0, 0)
-    ) -> Image.Image:
-        changed: Image.Image = F.affine(
-            image,
-            angle=0.0,
-            translate=list(translate),
-            scale=1.0,
-            shear=list(shear),
-            interpolation=self._how,
-            fill=self._fill,
-            center=[0.0, 0.0],
-        )
-        return changed
+def operate(image: Image.Image, operation: Operation, resample: Image.Resampling) -> Image.Image:
+    """Apply one operation with Pillow."""
+    argument = operation.argument
+    match operation.name:
+        case "flip":
+            return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        case "autocontrast":
+            return ImageOps.autocontrast(image)
+        case "equalize":
+            return ImageOps.equalize(image)
+        case "invert":
+            return ImageOps.invert(image)
+        case "posterize":
+            return ImageOps.posterize(image, int(argument[0]))
+        case "solarize":
+            return ImageOps.solarize(image, int(argument[0]))
+        case "solarize_add":
+            add = int(argument[0])
+            return image.point([min(255, i + add) if i < 128 else i for i in range(256)] * 3)
+        case "color":
+            return ImageEnhance.Color(image).enhance(argument[0])
+        case "contrast":
+            return ImageEnhance.Contrast(image).enhance(argument[0])
+        case "brightness":
+            return ImageEnhance.Brightness(image).enhance(argument[0])
+        case "sharpness":
+            return ImageEnhance.Sharpness(image).enhance(argument[0])
+        case "warp":
+            fill = tuple(int(value) for value in argument[6:])
+            return image.transform(image.size, Image.Transform.AFFINE, argument[:6], resample, fillcolor=fill)
+    raise ValueError(f"no operation {operation.name!r}")
 
 
-def _to_tensor(image: Image.Image) -> Tensor:
+def to_tensor(image: Image.Image) -> Tensor:
+    """RGB image → (3, H, W) uint8, channels last in memory."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from vmamba_dist.data.draws import Draw
+
 
 @dataclass(frozen=True)
 class BadSample:
@@ -25,9 +27,20 @@ class BadSample:
     replacement_key: str = ""
 
 
+@dataclass(frozen=True)
+class Encoded:
+    """A JPEG that the device will decode, and what is to become of it."""
+
+    data: bytes
+    width: int  # upright
+    height: int
+    orientation: int  # EXIF's
+    draw: Draw
+
+
 @dataclass
 class Batch:
-    """One rank's micro-batch, on the host, in position order."""
+    """One rank's micro-batch, on the host until a GPU has decoded it, in position order."""
 
     images: Tensor  # (B, 3, S, S) uint8, channels last in memory as decoders leave them
     labels: Tensor  # (B,) int64
@@ -37,3 +50,6 @@ class Batch:
     epoch: int
     mask: Tensor | None = None  # (B,) bool, evaluation only: false is padding or a bad sample
     bad: list[BadSample] = field(default_factory=list)
+    encoded: dict[int, Encoded] = field(
+        default_factory=dict
+    )  # data.decoder=gpu: rows of images yet to be made

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from vmamba_dist.config.schema import ConfigError
+from vmamba_dist.data import sidecar
 from vmamba_dist.data.encode import FORMATS
 from vmamba_dist.data.shards import describe, pack, verify
 
@@ -22,7 +23,12 @@ def main(words: Sequence[str]) -> int:
         "verify": "read everything: sha256, counts, every image",
         "show": "what a set holds",
     }.items():
-        verbs.add_parser(name, help=text).add_argument("folder")
+        verb = verbs.add_parser(name, help=text)
+        verb.add_argument("folder")
+        if name == "verify":
+            verb.add_argument(
+                "--sidecar", action="store_true", help="write the index of a large set that needs no parsing"
+            )
     fractal = verbs.add_parser("fractal", help="make labelled images from formulas, as many as you like")
     fractal.add_argument("out", help="the folder to make")
     fractal.add_argument("words", nargs="*", metavar="key=value", help="classes=100 per_class=1000 …")
@@ -53,9 +59,12 @@ def main(words: Sequence[str]) -> int:
                     progress=progress,
                 )
             )
+            sidecar.write_all(given.out, at_least=sidecar.LARGE)
         case "verify":
             report = verify(given.folder, progress=progress)
             print(report)
+            if report.ok and given.sidecar:
+                print(*(f"wrote {path}" for path in sidecar.write_all(given.folder)), sep="\n")
             return 0 if report.ok else 1
         case "show":
             print(describe(given.folder))

@@ -19,16 +19,17 @@ import json
 import logging
 import os
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vmamba_dist.config.schema import ConfigError
 from vmamba_dist.data import sources
+from vmamba_dist.data.order import EpochOrder, check_lanes
 from vmamba_dist.data.sources import BLOCK, Fault, LocalSource, local_path
 
 log = logging.getLogger(__name__)
@@ -49,6 +50,13 @@ class Shard:
     num_samples: int
     num_bytes: int | None
     sha256: str
+
+
+class Bounds(Protocol):
+    """Where samples start and end."""
+
+    def bounds(self, shard: int, first: int, count: int) -> list[int]:
+        """Return the starts of `count` samples and the end of the last, in bytes."""
 
 
 class Offsets:
@@ -120,18 +128,21 @@ class Index:
     root: Path
     name: str
     split: str
-    shards: tuple[Shard, ...]
+    shards: Sequence[Shard]
     num_classes: int
     class_names: tuple[str, ...]
     offsets: Offsets = field(repr=False, compare=False)
     warnings: tuple[str, ...] = ()  # damage found at the start: those samples will count as bad
+    sizes: tuple[int, ...] = field(default=(), repr=False, compare=False)  # of the files, found at the start
+    address: str = ""  # where the set lies, where that is not `root`: that has its kept index
+    opener: Callable[[], sources.Source] | None = field(default=None, repr=False, compare=False)
 
     @property
     def num_samples(self) -> int:
         return sum(shard.num_samples for shard in self.shards)
 
     @property
-    def lengths(self) -> list[int]:
+    def lengths(self) -> Sequence[int]:
         return [shard.num_samples for shard in self.shards]
 
     @property
@@ -143,8 +154,29 @@ class Index:
         """Hash what the shards hold, in order: their content and not their place. Hex, 64 digits."""
         return fingerprint_of(self.shards)
 
-    def source(self) -> LocalSource:
-        return LocalSource([self.root / shard.filename for shard in self.shards])
+    @property
+    def place(self) -> str:
+        """Where the set lies, to be told."""
+        return self.address or str(self.root)
+
+    def source(self) -> sources.Source:
+        """Return a reader of the shards' bytes, for one process."""
+        return self.opener() if self.opener is not None else self.local_source()
+
+    def local_source(self) -> LocalSource:
+        return LocalSource(
+            [self.root / shard.filename for shard in self.shards],
+            sizes=self.sizes or None,
+            sha256=[shard.sha256 for shard in self.shards],
+        )
+
+    def order(self, seed: int, epoch: int, lanes: int, block: int) -> EpochOrder:
+        """Return the order of an epoch."""
+        return EpochOrder(seed, epoch, np.asarray(self.lengths, dtype=np.int64), lanes, block)
+
+    def check_lanes(self, lanes: int) -> None:
+        """Refuse lanes that the set cannot fill. Raises ConfigError."""
+        check_lanes(self.num_samples, lanes)
 
 
 def fingerprint_of(shards: Sequence[Shard]) -> str:
@@ -161,27 +193,81 @@ def read_index(folder: str | Path, split: str = "train", *, key: str = "data.tra
     """
     root = local_path(str(folder))
     info = read_info(root, key)
+    listed = read_split(info, split, named=f"{key}={str(folder)!r}", file=str(root / INFO))
+    filenames = [shard.filename for shard in listed.shards]
+    missing = [name for name in filenames if not (root / name).is_file()]
+    if missing:
+        raise ConfigError(
+            f"{key}={str(folder)!r}: {len(missing)} of the {len(filenames)} shards of split {listed.split!r} are "
+            f"missing, first {missing[0]}; copy them, or pack the set again"
+        )
+    sizes = tuple((root / name).stat().st_size for name in filenames)
+    shards = tuple(
+        Shard(s.filename, s.num_samples, size if s.num_bytes is None else s.num_bytes, s.sha256)
+        for s, size in zip(listed.shards, sizes, strict=True)
+    )
+    for shard, size, told in zip(shards, sizes, listed.shards, strict=True):
+        # Where no size was recorded the tar may have been cut since: then only what memory would not hold.
+        most = told.num_bytes if told.num_bytes is not None else max(size, 1 << 32)
+        if shard.num_samples * 2 * BLOCK > most:
+            raise ConfigError(
+                f"{root / shard.filename} has {most} bytes, too few for the {shard.num_samples} samples that {INFO} "
+                "tells; pack the set again"
+            )
+    offsets, warnings = _check_tars(root, listed.split, shards)
+    for warning in warnings:
+        log.warning("%s", warning)
+    if isinstance(clustered := info.get("clustered"), list) and listed.split in clustered:
+        log.warning(
+            "%s: neighbours in split %s have the same label far more often than by chance, and a run mixes only near "
+            "samples: pack again with shuffling",
+            *(root, listed.split),
+        )
+    name = listed.name or root.name
+    return Index(
+        *(root, name, listed.split, shards, listed.num_classes, listed.class_names, offsets, warnings, sizes)
+    )
+
+
+@dataclass(frozen=True)
+class Listed:
+    """One split as an `_info.json` lists it."""
+
+    name: str
+    split: str
+    shards: tuple[Shard, ...]
+    num_classes: int
+    class_names: tuple[str, ...]
+
+    def fingerprint(self) -> str:
+        """Hash what the shards hold, as Index does."""
+        return fingerprint_of(self.shards)
+
+
+def read_split(info: Mapping[str, Any], split: str, *, named: str, file: str) -> Listed:
+    """Read a split of an index's content. `named` is the config's key and value, `file` the index's address.
+
+    Raises ConfigError for an unknown split, and for what is not in timm's form.
+    """
     splits = info["splits"]
     if split == "auto":
         split = next((name for name in EVAL_SPLITS if name in splits), "")
         if not split:
             raise ConfigError(
-                f"{key}={str(folder)!r} has the splits {', '.join(splits)}, and none of {', '.join(EVAL_SPLITS)}; "
+                f"{named} has the splits {', '.join(splits)}, and none of {', '.join(EVAL_SPLITS)}; "
                 "name one with eval.split"
             )
     if split not in splits:
-        raise ConfigError(f"{key}={str(folder)!r} has no split {split!r}; it has {', '.join(splits)}")
+        raise ConfigError(f"{named} has no split {split!r}; it has {', '.join(splits)}")
     entry = splits[split]
     try:
         filenames, lengths = list(entry["filenames"]), [int(n) for n in entry["shard_lengths"]]
         beside = [entry.get("bytes", filenames), entry.get("sha256", filenames)]
         if {len(filenames)} != {len(lengths), *map(len, beside)}:
-            raise ConfigError(
-                f"{root / INFO}: split {split!r} lists {len(filenames)} files, {len(lengths)} lengths"
-            )
+            raise ConfigError(f"{file}: split {split!r} lists {len(filenames)} files, {len(lengths)} lengths")
         if sum(lengths) != int(entry["num_samples"]) or min(lengths, default=0) < 0:
             raise ConfigError(
-                f"{root / INFO}: split {split!r} says {entry['num_samples']} samples, its shard_lengths sum to "
+                f"{file}: split {split!r} says {entry['num_samples']} samples, its shard_lengths sum to "
                 f"{sum(lengths)}; pack the set again"
             )
         classes = tuple(str(c) for c in info.get("classes", ()))
@@ -191,45 +277,21 @@ def read_index(folder: str | Path, split: str = "train", *, key: str = "data.tra
     except (KeyError, TypeError, ValueError) as error:
         if isinstance(error, ConfigError):
             raise
-        raise ConfigError(f"{root / INFO}: split {split!r} is not in timm's form: {error!r}") from error
+        raise ConfigError(f"{file}: split {split!r} is not in timm's form: {error!r}") from error
     if not all(isinstance(name, str) and inside(name) for name in filenames):
-        raise ConfigError(f"{root / INFO}: split {split!r} names files outside its folder")
-    missing = [name for name in filenames if not (root / name).is_file()]
-    if missing:
-        raise ConfigError(
-            f"{key}={str(folder)!r}: {len(missing)} of the {len(filenames)} shards of split {split!r} are missing, "
-            f"first {missing[0]}; copy them, or pack the set again"
-        )
-    sizes = recorded or [(root / name).stat().st_size for name in filenames]
-    shards = tuple(Shard(*fields) for fields in zip(filenames, lengths, sizes, hashes, strict=True))
-    for shard, size in zip(shards, sizes, strict=True):
-        # Where no size was recorded the tar may have been cut since: then only what memory would not hold.
-        if shard.num_samples * 2 * BLOCK > (size if recorded else max(size, 1 << 32)):
-            raise ConfigError(
-                f"{root / shard.filename} has {size} bytes, too few for the {shard.num_samples} samples that {INFO} "
-                "tells; pack the set again"
-            )
-    offsets, warnings = _check_tars(root, split, shards)
-    for warning in warnings:
-        log.warning("%s", warning)
-    if isinstance(clustered := info.get("clustered"), list) and split in clustered:
-        log.warning(
-            "%s: neighbours in split %s have the same label far more often than by chance, and a run mixes only near "
-            "samples: pack again with shuffling",
-            *(root, split),
-        )
+        raise ConfigError(f"{file}: split {split!r} names files outside its folder")
     if num_classes > MAX_CLASSES:
         raise ConfigError(
-            f"{root / INFO}: num_classes is {num_classes}, more than {MAX_CLASSES}; pack the set again"
+            f"{file}: num_classes is {num_classes}, more than {MAX_CLASSES}; pack the set again"
         )
     if num_classes < 1:
         raise ConfigError(
-            f'{root / INFO} does not say how many classes there are; add "num_classes": K beside "splits", for '
+            f'{file} does not say how many classes there are; add "num_classes": K beside "splits", for '
             "labels 0 … K - 1"
         )
-    return Index(
-        root, str(info.get("name", root.name)), split, shards, num_classes, classes, offsets, warnings
-    )
+    known: list[int | None] = [*recorded] or [None] * len(filenames)
+    shards = tuple(Shard(*fields) for fields in zip(filenames, lengths, known, hashes, strict=True))
+    return Listed(str(info.get("name", "")), split, shards, num_classes, classes)
 
 
 def inside(name: str) -> bool:
@@ -311,7 +373,7 @@ def _looks_whole(path: Path, offsets: Offsets, shard: int) -> bool:
 
 
 def read_samples(
-    source: sources.Source, offsets: Offsets, shard: int, first: int, count: int
+    source: sources.Source, offsets: Bounds, shard: int, first: int, count: int
 ) -> list[sources.Raw | Fault]:
     """Read `count` samples of a shard that lie behind one another, with one read."""
     bounds = offsets.bounds(shard, first, count)

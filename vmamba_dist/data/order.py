@@ -18,10 +18,9 @@ NumPy only: nothing here costs more than a few µs a sample, and nothing holds a
 from __future__ import annotations
 
 import zlib
-from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -167,6 +166,26 @@ class Run:
     count: int
 
 
+class Order(Protocol):
+    """What a reader asks of an epoch's order. A lane is named by the order's own value for it."""
+
+    epoch: int
+
+    def place(self, position: int) -> tuple[Any, int, int]:
+        """Return (lane, block of the lane, slot of the block) of a position."""
+
+    def buffer(self, lane: Any) -> int:
+        """Tell which of a reader's open blocks is the lane's."""
+
+    def num_blocks(self, lane: Any) -> int: ...
+
+    def slots(self, lane: Any, block: int) -> list[int]: ...
+
+    def runs(self, lane: Any, block: int) -> list[Run]: ...
+
+    def locate(self, position: int) -> tuple[int, int]: ...
+
+
 class EpochOrder:
     """The order of one epoch. Holds O(shards + lanes) numbers; a block's order is drawn when asked for."""
 
@@ -176,10 +195,11 @@ class EpochOrder:
         lengths = np.asarray(shard_lengths, dtype=np.int64)
         self.seed, self.epoch, self.lanes, self.block = seed, epoch, lanes, block
         self.num_samples = int(lengths.sum())
-        check_lanes(self.num_samples, lanes)
+        if not 1 <= lanes <= self.num_samples:  # a mixture's source may have an odd number
+            check_lanes(self.num_samples, lanes)
         shards = _rng(seed, _SHARDS, epoch).permutation(len(lengths))
-        self._shards: list[int] = shards.tolist()
-        self._shard_starts: list[int] = [0, *np.cumsum(lengths[shards]).tolist()]
+        self._shards: Ints = shards  # arrays: as lists a million of them would take 80 MB
+        self._shard_starts: Ints = np.concatenate([[0], np.cumsum(lengths[shards])])
         numbers = _rng(seed, _LANES, epoch).permutation(lanes)  # of the segments, in the order they lie
         ends = np.cumsum(self.num_samples // lanes + (numbers < self.num_samples % lanes))
         starts = np.empty(lanes, np.int64)
@@ -200,6 +220,9 @@ class EpochOrder:
         element, lane = divmod(position, self.lanes)
         return lane, *divmod(element, self.block)
 
+    def buffer(self, lane: int) -> int:
+        return lane
+
     def slots(self, lane: int, block: int) -> list[int]:
         """Return the block's order: slot k takes the slots(…)[k]-th sample of the block as it lies."""
         length = self.block_length(lane, block)
@@ -210,11 +233,11 @@ class EpochOrder:
         at = self._lane_starts[lane] + block * self.block
         end = at + self.block_length(lane, block)
         runs = []
-        i = bisect_right(self._shard_starts, at) - 1
+        i = self._shard_at(at)
         while at < end:
-            stop = min(end, self._shard_starts[i + 1])
+            start, stop = int(self._shard_starts[i]), min(end, int(self._shard_starts[i + 1]))
             if stop > at:  # an empty shard has nothing
-                runs.append(Run(self._shards[i], at - self._shard_starts[i], stop - at))
+                runs.append(Run(int(self._shards[i]), at - start, stop - at))
             at, i = stop, i + 1
         return runs
 
@@ -224,8 +247,12 @@ class EpochOrder:
             raise IndexError(f"position {position} is outside an epoch of {self.num_samples} samples")
         lane, block, slot = self.place(position)
         at = self._lane_starts[lane] + block * self.block + self.slots(lane, block)[slot]
-        i = bisect_right(self._shard_starts, at) - 1
-        return self._shards[i], at - self._shard_starts[i]
+        i = self._shard_at(at)
+        return int(self._shards[i]), at - int(self._shard_starts[i])
+
+    def _shard_at(self, at: int) -> int:
+        """Return the place, in this epoch's order of shards, of the one that holds the epoch's `at`-th sample."""
+        return int(np.searchsorted(self._shard_starts, at, side="right")) - 1
 
 
 def readers_are_apart(lanes: int, world: int, workers: int) -> bool:

@@ -5,27 +5,30 @@ before. A bad sample is replaced by the nearest earlier good element of its bloc
 without any good element is replaced element by element by its lane's previous block (the first block, which has
 none, by the next). A fault of the source itself replaces nothing: it is raised.
 
-A reader holds, for each lane it reads, the undecoded bytes of one block.
+A reader holds, for each lane it reads, the undecoded bytes of one block. From a source that answers slowly it reads
+the blocks that its next samples lie in side by side.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
 
 import numpy as np
-from PIL import Image
 from torch import Tensor
 
 from vmamba_dist.config.schema import UserError
-from vmamba_dist.data.augment import borrowed_generator, sample_seeds
-from vmamba_dist.data.batch import BadSample
-from vmamba_dist.data.decode import DecodeError, decode
+from vmamba_dist.data.batch import BadSample, Encoded
+from vmamba_dist.data.decode import DecodeError
+from vmamba_dist.data.draws import sample_seeds
 from vmamba_dist.data.index import Index, read_samples
-from vmamba_dist.data.order import EpochOrder
-from vmamba_dist.data.sources import Fault, Raw, parse_label
-
-Transform = Callable[[Image.Image], Tensor]
+from vmamba_dist.data.mixture import Mixture
+from vmamba_dist.data.order import Order, Run
+from vmamba_dist.data.prepare import Prepare
+from vmamba_dist.data.sources import Fault, Raw, Source, parse_label
 
 
 @dataclass
@@ -35,6 +38,7 @@ class Rows:
     labels: list[int]
     keys: list[str]
     bad: list[BadSample] = field(default_factory=list)
+    encoded: dict[int, Encoded] = field(default_factory=dict)  # rows left to the device, not in that memory
 
 
 class DataError(UserError, RuntimeError):
@@ -50,7 +54,7 @@ class _Block:
 
 @dataclass(frozen=True)
 class _Good:
-    image: Image.Image
+    image: Tensor | Encoded
     label: int
     key: str
 
@@ -60,8 +64,8 @@ class LaneReader:
 
     def __init__(
         self,
-        index: Index,
-        transform: Transform,
+        index: Index | Mixture,
+        prepare: Prepare,
         *,
         seed: int,
         lanes: int,
@@ -70,62 +74,91 @@ class LaneReader:
     ) -> None:
         self._index = index
         self._lengths = np.asarray(index.lengths, dtype=np.int64)
-        self._transform = transform
+        self._prepare = prepare
         self._seed, self._lanes, self._block_size = seed, lanes, block
         self._known: dict[tuple[int, int], list[BadSample]] = {}
         for bad in known_bad:
             self._known.setdefault((bad.epoch, bad.position), []).append(bad)
-        self._shard_of = {shard.filename: i for i, shard in enumerate(index.shards)}
         self._source = index.source()
-        self._order: EpochOrder | None = None
-        self._blocks: dict[int, tuple[int, _Block]] = {}
-        self._all_bad: set[tuple[int, int]] = set()  # (lane, block) of this epoch
+        self._order: Order | None = None
+        self._blocks: dict[int, tuple[Any, int, _Block]] = {}  # by the order's buffer: lane, block, content
+        self._all_bad: set[tuple[Any, int]] = set()  # (lane, block) of this epoch
+        self._threads: ThreadPoolExecutor | None = None
 
     def read(self, epoch: int, positions: Sequence[int], images: Tensor) -> Rows:
-        """Read, decode and transform the samples at `positions` of `epoch` into `images`, (n, 3, S, S) uint8.
+        """Read and prepare the samples at `positions` of `epoch` into `images`, (n, 3, S, S) uint8, or Rows.encoded.
 
         Raises DataError where a whole lane has no good sample, SourceError where the source itself fails.
         """
         order = self._begin(epoch)
+        if self._source.concurrency > 1:
+            self._fetch(order, positions)
         rows = Rows([], [])
         seeds = sample_seeds(self._seed, epoch, positions)
-        with borrowed_generator() as random:
-            for i, position in enumerate(positions):
-                good, bad = self._at(order, position)
-                random.manual_seed(seeds[i])
-                images[i] = self._transform(good.image)
-                rows.labels.append(good.label)
-                rows.keys.append(good.key)
-                if bad is not None:
-                    rows.bad.append(bad)
+        for i, position in enumerate(positions):
+            good, bad = self._at(order, position, seeds[i])
+            if isinstance(good.image, Encoded):
+                rows.encoded[i] = good.image
+            else:
+                images[i] = good.image
+            rows.labels.append(good.label)
+            rows.keys.append(good.key)
+            if bad is not None:
+                rows.bad.append(bad)
         return rows
 
     def close(self) -> None:
         self._source.close()
+        if self._threads is not None:
+            self._threads.shutdown(cancel_futures=True)
+            self._threads = None
         self._blocks.clear()
 
-    def _begin(self, epoch: int) -> EpochOrder:
+    @cached_property
+    def _shard_of(self) -> dict[str, int]:
+        """Shards by name; made for the first choice that is used again, since it may have millions of entries."""
+        return {shard.filename: i for i, shard in enumerate(self._index.shards)}
+
+    def _begin(self, epoch: int) -> Order:
         if self._order is None or self._order.epoch != epoch:
-            self._order = EpochOrder(self._seed, epoch, self._lengths, self._lanes, self._block_size)
+            self._order = self._index.order(self._seed, epoch, self._lanes, self._block_size)
             self._blocks.clear()
             self._all_bad.clear()
         return self._order
 
-    def _at(self, order: EpochOrder, position: int) -> tuple[_Good, BadSample | None]:
+    def _fetch(self, order: Order, positions: Sequence[int]) -> None:
+        """Read the blocks that the positions are the first to need, side by side."""
+        wanted: dict[int, tuple[Any, int]] = {}
+        for position in positions:
+            lane, block, _ = order.place(position)
+            buffer = order.buffer(lane)
+            if buffer not in wanted and not self._holds(buffer, lane, block):
+                wanted[buffer] = lane, block
+        if self._threads is None:
+            self._threads = ThreadPoolExecutor(self._source.concurrency, "shards")
+        read = self._threads.map(self._read_runs, [order.runs(*place) for place in wanted.values()])
+        for (buffer, place), (places, samples) in zip(wanted.items(), read, strict=True):
+            self._blocks[buffer] = (*place, _Block(order.slots(*place), places, samples))
+
+    def _holds(self, buffer: int, lane: Any, block: int) -> bool:
+        held = self._blocks.get(buffer)
+        return held is not None and held[:2] == (lane, block)
+
+    def _at(self, order: Order, position: int, seed: int) -> tuple[_Good, BadSample | None]:
         lane, block, slot = order.place(position)
         known = self._known_at(order, position)
         if known is not None:
-            chosen = self._again(known)
+            chosen = self._again(known, seed)
             if chosen is not None:
                 return chosen, known
-        held = self._blocks.get(lane)
-        if held is None or held[0] != block:
-            held = self._blocks[lane] = (block, self._load(order, lane, block))
-        content = held[1]
-        good = self._good(content, slot)
+        buffer = order.buffer(lane)
+        if not self._holds(buffer, lane, block):
+            self._blocks[buffer] = (lane, block, self._load(order, lane, block))
+        content = self._blocks[buffer][2]
+        good = self._good(content, slot, seed)
         if isinstance(good, _Good):
             return good, None
-        replacement, (shard, index) = self._replace(order, lane, block, slot, content)
+        replacement, (shard, index) = self._replace(order, lane, block, slot, content, seed)
         own_shard, own_index = content.places[content.slots[slot]]
         bad = BadSample(
             epoch=order.epoch,
@@ -140,7 +173,7 @@ class LaneReader:
         )
         return replacement, bad
 
-    def _known_at(self, order: EpochOrder, position: int) -> BadSample | None:
+    def _known_at(self, order: Order, position: int) -> BadSample | None:
         """Return the earlier attempts' choice for a position, unless another order has made it.
 
         A run that has no checkpoint yet may be started anew with another seed, block or set: then a good
@@ -153,24 +186,28 @@ class LaneReader:
         place = (self._index.shards[shard].filename, index)
         return next((bad for bad in lines if (bad.shard, bad.index) == place), None)
 
-    def _load(self, order: EpochOrder, lane: int, block: int) -> _Block:
+    def _load(self, order: Order, lane: Any, block: int) -> _Block:
+        return _Block(order.slots(lane, block), *self._read_runs(order.runs(lane, block)))
+
+    def _read_runs(self, runs: Sequence[Run]) -> tuple[list[tuple[int, int]], list[Raw | Fault]]:
+        """Read a block: where its samples lie, and what they are."""
         places: list[tuple[int, int]] = []
         samples: list[Raw | Fault] = []
-        for run in order.runs(lane, block):
+        for run in runs:
             samples += read_samples(self._source, self._index.offsets, run.shard, run.first, run.count)
             places += [(run.shard, run.first + i) for i in range(run.count)]
-        return _Block(order.slots(lane, block), places, samples)
+        return places, samples
 
-    def _good(self, content: _Block, slot: int) -> _Good | Fault:
-        """Decode an element of a block, once: a fault is kept in the sample's place."""
+    def _good(self, content: _Block, slot: int, seed: int) -> _Good | Fault:
+        """Prepare an element of a block; a fault is found once, and kept in the sample's place."""
         at = content.slots[slot]
-        good = _decode(content.samples[at], self._index.num_classes)
+        good = _made(content.samples[at], self._index.num_classes, self._prepare, seed)
         if isinstance(good, Fault):
             content.samples[at] = good
         return good
 
     def _replace(
-        self, order: EpochOrder, lane: int, block: int, slot: int, content: _Block
+        self, order: Order, lane: Any, block: int, slot: int, content: _Block, seed: int
     ) -> tuple[_Good, tuple[int, int]]:
         for other in (*range(block, -1, -1), *range(block + 1, order.num_blocks(lane))):
             if (lane, other) in self._all_bad:
@@ -180,7 +217,7 @@ class LaneReader:
             near = min(slot, len(content.slots) - 1)
             # In another block the element of the same slot comes first; in its own it is the bad one.
             for candidate in (*range(near, -1, -1), *range(near + 1, len(content.slots))):
-                good = self._good(content, candidate)
+                good = self._good(content, candidate, seed)
                 if isinstance(good, _Good):
                     return good, content.places[content.slots[candidate]]
             self._all_bad.add((lane, other))
@@ -189,30 +226,30 @@ class LaneReader:
             "check the set with: vmamba shards verify"
         )
 
-    def _again(self, known: BadSample) -> _Good | None:
+    def _again(self, known: BadSample, seed: int) -> _Good | None:
         """Re-use a choice of an earlier attempt; None where it no longer holds."""
         shard = self._shard_of.get(known.replacement_shard)
         if shard is None or not 0 <= known.replacement_index < self._lengths[shard]:
             return None
         sample = read_samples(self._source, self._index.offsets, shard, known.replacement_index, 1)[0]
-        good = _decode(sample, self._index.num_classes)
+        good = _made(sample, self._index.num_classes, self._prepare, seed)
         return good if isinstance(good, _Good) else None
 
 
-def _decode(sample: Raw | Fault, num_classes: int) -> _Good | Fault:
+def _made(sample: Raw | Fault, num_classes: int, prepare: Prepare, seed: int) -> _Good | Fault:
     if isinstance(sample, Fault):
         return sample
     label = parse_label(sample, num_classes)
     if isinstance(label, Fault):
         return label
     try:
-        return _Good(decode(sample.image), label, sample.key)
+        return _Good(prepare(sample.image, seed), label, sample.key)
     except DecodeError as error:
         return Fault(str(error), sample.key)
 
 
 def read_in_file_order(
-    index: Index, transform: Transform, first: int, count: int, images: Tensor
+    index: Index, source: Source, prepare: Prepare, first: int, count: int, images: Tensor
 ) -> tuple[Rows, list[bool]]:
     """Read `count` samples from the set's `first`-th on, as they lie, into `images`; for evaluation.
 
@@ -222,22 +259,22 @@ def read_in_file_order(
     rows = Rows([0] * len(images), [""] * len(images))
     good_rows = [False] * len(images)
     images.zero_()
-    for row, (shard, at, sample) in enumerate(_samples_from(index, first, count)):
-        good = _decode(sample, index.num_classes)
+    for row, (shard, at, sample) in enumerate(_samples_from(index, source, first, count)):
+        good = _made(sample, index.num_classes, prepare, seed=0)
         if isinstance(good, Fault):
             name = index.shards[shard].filename
             rows.keys[row] = good.key
             rows.bad.append(BadSample(0, first + row, name, at, good.key, good.reason))
             continue
-        images[row] = transform(good.image)
+        assert isinstance(good.image, Tensor), "evaluation decodes on the host"
+        images[row] = good.image
         rows.labels[row], rows.keys[row], good_rows[row] = good.label, good.key, True
     return rows, good_rows
 
 
 def _samples_from(
-    index: Index, first: int, count: int, at_once: int = 32
+    index: Index, source: Source, first: int, count: int, at_once: int = 32
 ) -> Iterator[tuple[int, int, Raw | Fault]]:
-    source = index.source()
     end = first + count
     start = 0
     for shard, length in enumerate(index.lengths):
@@ -247,4 +284,3 @@ def _samples_from(
             for i, sample in enumerate(chunk):
                 yield shard, at + i, sample
         start += length
-    source.close()

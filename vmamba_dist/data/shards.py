@@ -6,7 +6,9 @@ Law: this file holds names only. index.py reads a set, pack.py and writer.py mak
 from vmamba_dist.data.index import (
     INFO,
     SIZES,
+    Bounds,
     Index,
+    Listed,
     Offsets,
     Shard,
     describe,
@@ -15,6 +17,7 @@ from vmamba_dist.data.index import (
     read_index,
     read_info,
     read_samples,
+    read_split,
     write_whole,
 )
 from vmamba_dist.data.pack import PackReport, pack, share_of
@@ -23,7 +26,9 @@ from vmamba_dist.data.verify import ShardFault, VerifyReport, verify
 __all__ = [
     "INFO",
     "SIZES",
+    "Bounds",
     "Index",
+    "Listed",
     "Offsets",
     "PackReport",
     "Shard",
@@ -36,6 +41,7 @@ __all__ = [
     "read_index",
     "read_info",
     "read_samples",
+    "read_split",
     "share_of",
     "verify",
     "write_whole",

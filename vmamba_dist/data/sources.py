@@ -5,11 +5,12 @@ is a value (Fault), the same for every reader; what is wrong with the source its
 never one: it is tried again, and raised where it stays. No code runs from data: nothing here unpickles, and a
 sample that carries a pickle is a fault.
 
-Local files only: `Source` is the seam for object stores.
+Local files are read here; `Source` is the seam that object stores (remote.py) and the cache (cache.py) meet.
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import logging
@@ -18,14 +19,15 @@ import re
 import tarfile
 import time
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
 from webdataset.tariterators import base_plus_ext, group_by_keys
 
+from vmamba_dist.config.addresses import redact
 from vmamba_dist.config.schema import ConfigError, UserError
 
 log = logging.getLogger(__name__)
@@ -74,17 +76,22 @@ def local_path(address: str) -> Path:
     match = _SCHEME.match(address)
     if match and match[1] == "pipe":
         raise ConfigError(
-            f"{address!r}: pipe: addresses run a shell command and are refused; copy the shards to a local folder"
+            f"{redact(address)!r}: pipe: addresses run a shell command and are refused; copy the shards to a "
+            "local folder"
         )
     if match and match[1] != "file":
         raise ConfigError(
-            f"{address!r}: {match[1]}: addresses cannot be read in this version; copy the shards to a local folder"
+            f"{redact(address)!r}: {match[1]}: addresses cannot be read here: this needs a local folder"
         )
     return Path(address.removeprefix("file://")).expanduser()
 
 
 class Source(Protocol):
     """Where shards are read from."""
+
+    @property
+    def concurrency(self) -> int:
+        """How many threads may read at a time, and gain by it."""
 
     def read(self, shard: int, start: int, end: int) -> bytes:
         """Read bytes [start, end) of a shard; fewer where it ends before. Raises SourceError once retries failed."""
@@ -93,17 +100,35 @@ class Source(Protocol):
 
 
 class LocalSource:
-    """Shards in local files; keeps the few last used ones open. Not for use from several threads."""
+    """Shards in local files; keeps the few last used ones open. Not for use from several threads.
 
-    def __init__(self, paths: Sequence[Path], max_open: int = 16) -> None:
+    `sizes`, where given, are the files' sizes when the run began: a file of another size, or one that is
+    written while it is read, is a SourceError at once. Without them a read ends where the file does.
+    """
+
+    concurrency = 1
+
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        max_open: int = 16,
+        *,
+        sizes: Sequence[int] | None = None,
+        sha256: Sequence[str] = (),
+    ) -> None:
         self._paths = paths
         self._max_open = max_open
+        self._sizes = sizes
+        self._sha256 = sha256
         self._open: OrderedDict[int, int] = OrderedDict()
+        self._written: dict[int, int] = {}  # when each file was last written, as first seen; ns
 
     def read(self, shard: int, start: int, end: int) -> bytes:
         for wait_s in (*RETRY_AFTER_S, None):
             try:
                 return self._read(shard, start, end)
+            except SourceError:
+                raise
             except OSError as error:
                 self._forget(shard)  # a descriptor may be stale where the file is not
                 if wait_s is None:
@@ -125,11 +150,32 @@ class LocalSource:
                 os.close(self._open.popitem(last=False)[1])
             file = os.open(self._paths[shard], os.O_RDONLY | os.O_CLOEXEC)
         self._open[shard] = file
+        if self._sizes is not None:
+            self._check(shard, file, self._sizes[shard])
         parts = []
         while start < end and (part := os.pread(file, min(end - start, _READ_AT_ONCE), start)):
             parts.append(part)
             start += len(part)
         return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def _check(self, shard: int, file: int, size: int) -> None:
+        """Raise SourceError where a file is no longer the one that the run began with; one fstat."""
+        now = os.fstat(file)
+        if now.st_size == size and self._written.setdefault(shard, now.st_mtime_ns) == now.st_mtime_ns:
+            return
+        if now.st_size != size:
+            why = f"it has {now.st_size} bytes, and had {size}"
+        elif not any(self._sha256[shard : shard + 1]):
+            why = "it was written again, and its index has no sha256 to tell whether its content is the same"
+        elif _sha256_of(file, size) == self._sha256[shard]:
+            self._written[shard] = now.st_mtime_ns  # the same bytes, copied or touched
+            return
+        else:
+            why = "its sha256 is not its index's any more"
+        raise SourceError(
+            f"{self._paths[shard]} has changed: {why}; a run's shards must stay as they are: put the old one back, "
+            "or begin a new run"
+        )
 
     def _forget(self, shard: int) -> None:
         file = self._open.pop(shard, None)
@@ -140,6 +186,13 @@ class LocalSource:
     def close(self) -> None:
         while self._open:
             os.close(self._open.popitem()[1])
+
+
+def _sha256_of(file: int, size: int) -> str:
+    digest = hashlib.sha256()
+    for at in range(0, size, 1 << 20):
+        digest.update(os.pread(file, 1 << 20, at))
+    return digest.hexdigest()
 
 
 def samples(data: bytes, bounds: Sequence[int]) -> list[Raw | Fault]:
@@ -245,31 +298,34 @@ class Scan:
 
 def scan(path: Path) -> Scan:
     """Find the samples of a tar in one pass over its headers; contents are skipped, not read."""
+    with path.open("rb") as file:
+        return scan_tar(file, path.stat().st_size)
+
+
+def scan_tar(
+    file: IO[bytes], size: int, visit: Callable[[tarfile.TarFile, tarfile.TarInfo], None] | None = None
+) -> Scan:
+    """Find the samples of an open tar of `size` bytes; `visit` is shown each member, and may read it."""
     bounds: list[int] = []
     keys: list[str] = []
-    size = path.stat().st_size
     most = -(-size // BLOCK) * BLOCK  # where a member ends that says it is longer
     end = 0
-    with path.open("rb") as file:
-        try:
-            with tarfile.open(fileobj=file, mode="r:") as tar:
-                while end <= size and (member := _next(tar)) is not None:
-                    end = member.offset_data + -(-member.size // BLOCK) * BLOCK
-                    key, _ = base_plus_ext(member.name)
-                    if (
-                        member.isreg()
-                        and key is not None
-                        and not _is_meta(member.name)
-                        and [key] != keys[-1:]
-                    ):
-                        bounds.append(member.offset)
-                        keys.append(key)
-        except _DAMAGE:
-            return Scan([*bounds, min(end, most)], keys, whole=False)
-        if end > most:
-            return Scan([*bounds, most], keys, whole=False)
-        file.seek(end)
-        return Scan([*bounds, end], keys, whole=file.read(BLOCK) == bytes(BLOCK))
+    try:
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            while end <= size and (member := _next(tar)) is not None:
+                if visit is not None:
+                    visit(tar, member)
+                end = member.offset_data + -(-member.size // BLOCK) * BLOCK
+                key, _ = base_plus_ext(member.name)
+                if member.isreg() and key is not None and not _is_meta(member.name) and [key] != keys[-1:]:
+                    bounds.append(member.offset)
+                    keys.append(key)
+    except _DAMAGE:
+        return Scan([*bounds, min(end, most)], keys, whole=False)
+    if end > most:
+        return Scan([*bounds, most], keys, whole=False)
+    file.seek(end)
+    return Scan([*bounds, end], keys, whole=file.read(BLOCK) == bytes(BLOCK))
 
 
 def _is_meta(name: str) -> bool:

@@ -14,6 +14,8 @@ import logging
 import math
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
+from functools import partial
 
 import numpy as np
 import torch
@@ -22,10 +24,14 @@ from torch import Tensor
 
 from vmamba_dist.config.schema import AugmentConfig, ConfigError, DataConfig, EvalConfig
 from vmamba_dist.data import order
-from vmamba_dist.data.augment import EvalTransform, TrainTransform
+from vmamba_dist.data.augment import EvalTransform
 from vmamba_dist.data.batch import BadSample, Batch
+from vmamba_dist.data.decode import decode
 from vmamba_dist.data.index import Index
+from vmamba_dist.data.mixture import Mixture
+from vmamba_dist.data.prepare import Decoder, TrainPreparation
 from vmamba_dist.data.reader import LaneReader, Rows, read_in_file_order
+from vmamba_dist.data.sources import Source
 from vmamba_dist.data.workers import Room, Workers
 
 log = logging.getLogger(__name__)
@@ -43,7 +49,7 @@ class TrainStream:
 
     def __init__(
         self,
-        index: Index,
+        index: Index | Mixture,
         data: DataConfig,
         augment: AugmentConfig,
         *,
@@ -56,7 +62,7 @@ class TrainStream:
         pin_memory: bool = False,
     ) -> None:
         order.check_batch(index.num_samples, data.global_batch, world, accumulate)
-        order.check_lanes(index.num_samples, lanes)
+        index.check_lanes(lanes)
         self.index = index
         self.lanes = lanes
         self.share = order.Share(data.global_batch, rank, world, accumulate)
@@ -67,17 +73,28 @@ class TrainStream:
         self._data = data
         self._pin = pin_memory  # torch keeps pinned memory for the next batch by itself
         self._memory = _Recycled((self.share.micro_batch, data.image_size, data.image_size, 3))
-        self._reader = LaneReader(
-            index,
-            TrainTransform(augment, data.image_size),
-            seed=seed,
-            lanes=lanes,
-            block=data.block,
-            known_bad=known_bad,
+        self._new_reader = partial(
+            self._make_reader, augment, seed=seed, lanes=lanes, known_bad=tuple(known_bad)
         )
+        self._reader = self._new_reader(data.decoder)
+        self._again: LaneReader | None = None
         self._workers: Workers[_From, Rows] | None = None
         if rank == 0:
             self._log()
+
+    def _make_reader(
+        self,
+        augment: AugmentConfig,
+        decoder: Decoder,
+        *,
+        seed: int,
+        lanes: int,
+        known_bad: Sequence[BadSample],
+    ) -> LaneReader:
+        prepare = TrainPreparation(augment, self._data.image_size, decoder)
+        return LaneReader(
+            self.index, prepare, seed=seed, lanes=lanes, block=self._data.block, known_bad=known_bad
+        )
 
     def _log(self) -> None:
         readers = max(1, self._data.workers)
@@ -94,6 +111,8 @@ class TrainStream:
             *(self.steps_per_epoch, self.remainder),
             *(readers, "s" * (readers > 1), open_lanes, block_mib, ahead_mib),
         )
+        if isinstance(self.index, Mixture):
+            self.index.log(self.lanes)
         if not apart:
             log.info(
                 "data: %d ranks × %d readers do not divide the %d pairs of lanes, so blocks are read by several "
@@ -138,7 +157,20 @@ class TrainStream:
         if self._workers is not None:
             self._workers.close()
             self._workers = None
-        self._reader.close()
+        for reader in (self._reader, self._again):
+            if reader is not None:
+                reader.close()
+
+    def read_on_host(self, epoch: int, position: int) -> tuple[Tensor, Rows]:
+        """Read one position anew and decode it with Pillow: (3, S, S) uint8, and what Rows says of it.
+
+        For a sample that the device could not decode; where Pillow cannot either, it is replaced as any bad one.
+        """
+        if self._again is None:
+            self._again = self._new_reader("pil")
+        images = torch.empty((1, 3, self._data.image_size, self._data.image_size), dtype=torch.uint8)
+        rows = self._again.read(epoch, [position], images)
+        return images[0], rows
 
     def _schedule(self, begin: _From) -> Iterator[tuple[int, int, order.Ints]]:
         """Yield (epoch, step of it, positions) of each of this rank's micro-batches."""
@@ -174,6 +206,7 @@ class TrainStream:
                     _pairs(images)[at[0] // 2 :: self._data.workers] = _pairs(channels_first(part_images))
                 for i, label, key in zip(at.tolist(), part.labels, part.keys, strict=True):
                     rows.labels[i], rows.keys[i] = label, key
+                rows.encoded.update((int(at[i]), encoded) for i, encoded in part.encoded.items())
                 rows.bad += part.bad
             rows.bad.sort(key=lambda bad: bad.position)
             yield self._batch(epoch, step, positions, images, rows)
@@ -193,6 +226,7 @@ class TrainStream:
             step=epoch * self.steps_per_epoch + step,
             epoch=epoch,
             bad=rows.bad,
+            encoded=rows.encoded,
         )
 
 
@@ -236,6 +270,10 @@ def eval_batches(
     -1) and for a bad sample, which also stands in Batch.bad. Workers are forked for each evaluation.
     """
     transform = EvalTransform(image_size, evaluate.crop, interpolation)
+
+    def prepare(data: bytes, _: int) -> Tensor:
+        return transform(decode(data))
+
     share = math.ceil(index.num_samples / world)
     num_batches = math.ceil(share / evaluate.batch)
 
@@ -245,8 +283,9 @@ def eval_batches(
     def count_of(i: int) -> int:
         return max(0, min(rows_of(i), index.num_samples - rank * share - i * evaluate.batch))
 
-    def read(i: int, images: Tensor) -> tuple[Rows, list[bool]]:
-        return read_in_file_order(index, transform, rank * share + i * evaluate.batch, count_of(i), images)
+    def read(source: Source, i: int, images: Tensor) -> tuple[Rows, list[bool]]:
+        first = rank * share + i * evaluate.batch
+        return read_in_file_order(index, source, prepare, first, count_of(i), images)
 
     def batch(i: int, images: Tensor, rows: Rows, good: list[bool]) -> Batch:
         first = rank * share + i * evaluate.batch
@@ -256,15 +295,19 @@ def eval_batches(
         return Batch(images, labels, positions, rows.keys, step=i, epoch=0, mask=mask, bad=rows.bad)
 
     if not workers:
-        for i in range(num_batches):
-            images = channels_first(torch.empty((rows_of(i), image_size, image_size, 3), dtype=torch.uint8))
-            yield batch(i, images, *read(i, images))
+        with closing(index.source()) as source:
+            for i in range(num_batches):
+                images = channels_first(
+                    torch.empty((rows_of(i), image_size, image_size, 3), dtype=torch.uint8)
+                )
+                yield batch(i, images, *read(source, i, images))
         return
     workers = min(workers, num_batches)
 
     def produce(worker: int, _: None, room: Room) -> Iterator[tuple[int, tuple[Rows, list[bool]]]]:
-        for i in range(worker, num_batches, workers):
-            yield rows_of(i), read(i, channels_first(room()[: rows_of(i)]))
+        with closing(index.source()) as source:
+            for i in range(worker, num_batches, workers):
+                yield rows_of(i), read(source, i, channels_first(room()[: rows_of(i)]))
 
     pool = Workers(produce, workers, prefetch, (rows_of(0), image_size, image_size, 3))
     try:

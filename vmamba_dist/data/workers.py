@@ -148,11 +148,13 @@ class Workers(Generic[Order, Rest]):
             if self._taken[worker]:
                 end.send(True)  # the slot of the item before is free
             while True:
-                ready = wait([end, process.sentinel], timeout=self._patience_s)
+                # Any of them: one may die while another, whose turn it is, waits for its source.
+                ready = wait([end, *(each.sentinel for each in self._processes)], timeout=self._patience_s)
                 if not ready:
                     name = f"{process.name} (pid {process.pid})"
                     raise WorkerError(f"{name} has yielded nothing for {self._patience_s:g} s")
                 if end not in ready and not end.poll():
+                    process = next(each for each in self._processes if each.sentinel in ready)
                     break
                 item = end.recv()
                 if not isinstance(item, logging.LogRecord):

@@ -349,7 +349,7 @@ def _begin(root: Path, plan: Plan, old: Sequence[str]) -> None:
     write_whole(path, json.dumps({"digest": digest, "name": plan.name, "old": old}).encode())
     for stale in (INFO, SIZES, LEFT_OUT):
         (root / stale).unlink(missing_ok=True)
-    for sidecar in root.glob("_offsets-*.bin"):
+    for sidecar in (*root.glob("_offsets-*.bin"), *root.glob("_index-*.bin")):
         sidecar.unlink()
     _remove(root, old)
     write_whole(path, json.dumps({"digest": digest, "name": plan.name, "old": []}).encode())

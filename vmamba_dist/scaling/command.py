@@ -286,8 +286,9 @@ def _launches(job: Job) -> list[str]:
 
 def _data(cfg: Config) -> tuple[int, int, str]:
     """Samples and classes of the training split, from its index where that is on this machine."""
-    info = Path(cfg.data.train) / "_info.json"
-    if not cfg.data.train or not info.is_file():
+    train = cfg.data.train if isinstance(cfg.data.train, str) else ""  # a mixture has no one index
+    info = Path(train) / "_info.json"
+    if not train or not info.is_file():
         return IMAGENET, CLASSES, "ImageNet-1k's, as the shards are not here"
     try:
         read = json.loads(info.read_text(encoding="utf-8"))

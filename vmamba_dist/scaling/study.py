@@ -311,8 +311,9 @@ def classes_of(cfg: Config) -> int:
     """model.num_classes, else what the shards' index on this machine says, else ImageNet-1k's."""
     if cfg.model.num_classes is not None:
         return cfg.model.num_classes
-    info = Path(cfg.data.train) / "_info.json"
-    if not cfg.data.train or not info.is_file():
+    train = cfg.data.train if isinstance(cfg.data.train, str) else ""  # a mixture has no one index
+    info = Path(train) / "_info.json"
+    if not train or not info.is_file():
         return CLASSES
     try:
         read = json.loads(info.read_text(encoding="utf-8"))

@@ -28,6 +28,7 @@ from vmamba_dist.core.state import TrainState
 from vmamba_dist.data.augment import DeviceTransform, Normalize
 from vmamba_dist.data.badlog import BadLog, cut_torn_line
 from vmamba_dist.data.batch import Batch
+from vmamba_dist.data.ondevice import Ahead, DeviceDecoder
 from vmamba_dist.data.order import choose_lanes
 from vmamba_dist.data.shards import Index
 from vmamba_dist.data.stream import TrainStream, eval_batches
@@ -128,7 +129,7 @@ def assembled(cfg: Config, sources: Sources, world: World, stop: StopRequest) ->
         closing.callback(stream.close)
         feed = Feed(
             _shown(
-                stream.batches(state.epoch, state.offset, [(a, b) for a, b in state.skipped]),
+                _decoded(cfg, stream, state, world, closing),
                 writers,
                 cfg.telemetry.images,
             ),
@@ -373,10 +374,23 @@ def _writers(
     return Writers(metrics, tensorboard, bar, pace, cfg.telemetry.log_every_steps, total_steps)
 
 
+def _decoded(
+    cfg: Config, stream: TrainStream, state: TrainState, world: World, closing: ExitStack
+) -> Iterator[Batch]:
+    """The stream's micro-batches from where the run stands; with data.decoder=gpu, images made on the device."""
+    batches = stream.batches(state.epoch, state.offset, [(a, b) for a, b in state.skipped])
+    if cfg.data.decoder != "gpu":
+        return batches
+    decoder = DeviceDecoder(cfg.data.image_size, cfg.augment.interpolation, world.device, stream.read_on_host)
+    ahead = Ahead(batches, decoder, world.device)
+    closing.callback(ahead.close)
+    return ahead
+
+
 def _shown(batches: Iterator[Batch], writers: Writers | None, count: int) -> Iterator[Batch]:
     """Pass micro-batches on, with the first few augmented images sent to TensorBoard."""
     for first in itertools.islice(batches, 1):
         if writers is not None and writers.tensorboard is not None and count:
-            writers.tensorboard.add_images("train/augmented", first.images[:count].numpy(), first.step)
+            writers.tensorboard.add_images("train/augmented", first.images[:count].cpu().numpy(), first.step)
         yield first
     yield from batches

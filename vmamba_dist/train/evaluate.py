@@ -33,7 +33,7 @@ def evaluate(args: Sequence[str], place: World) -> dict[str, float | str]:
     found = find(named, place)
     cfg = load_config(args, base=found.meta.extra["config"])
     num_classes = int(found.meta.trajectory["num_classes (resolved)"])
-    index = open_evaluation(cfg.eval, default=cfg.data.train, num_classes=num_classes)
+    index = open_evaluation(cfg, num_classes)
     if cfg.precision.threads:
         torch.set_num_threads(cfg.precision.threads)
     be_deterministic()  # as in training, so that the figures are the same

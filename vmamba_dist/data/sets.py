@@ -1,0 +1,497 @@
+"""Sets of shards by their address: a folder, a web address, s3://bucket/prefix, or a pattern of tars.
+
+Law: what a set holds is known before the run begins, and is the same for all ranks. A set without an index gets
+one, made of its tars' headers, once for all ranks, and kept: in the run directory, and beside the shards when
+asked. Whoever comes while it is being made waits at its flock. A kept index belongs to the list of shards that it
+was made of, and where that has changed it is made anew.
+"""
+
+from __future__ import annotations
+
+import atexit
+import dataclasses
+import fcntl
+import hashlib
+import importlib
+import itertools
+import json
+import logging
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import IO, Any, Protocol, TypeVar, cast
+
+from braceexpand import braceexpand
+
+from vmamba_dist.config.addresses import redact
+from vmamba_dist.config.schema import ConfigError, DataConfig
+from vmamba_dist.data.cache import Cache, CachedSource, Entry
+from vmamba_dist.data.index import (
+    INFO,
+    PACKING,
+    Index,
+    Listed,
+    Offsets,
+    Shard,
+    read_split,
+    write_whole,
+)
+from vmamba_dist.data.remote import CONCURRENCY, Fetcher, Item, Patience, RemoteSource, Store, Web
+from vmamba_dist.data.sidecar import open_index
+from vmamba_dist.data.sources import LocalSource, Source, local_path
+from vmamba_dist.data.tarscan import Contents, RangeFile, scan_shard
+
+log = logging.getLogger(__name__)
+
+_MOST_SHARDS = 10_000_000  # of a pattern: a slip like {0..99999999999} is told before it fills the memory
+_SPLITS = ("train", "validation", "val", "test")
+_Part = TypeVar("_Part")
+_Result = TypeVar("_Result")
+
+
+class ListingStore(Store, Protocol):
+    """A store that can be listed and written: s3.S3."""
+
+    def list(self, address: str) -> Iterator[Item]: ...
+
+    def write(self, address: str, data: bytes) -> None: ...
+
+
+class Folder(Protocol):
+    """A place that shards lie in."""
+
+    address: str  # as it is told
+    parallel: int  # so many files are worth opening at a time
+
+    def tars(self) -> list[Item] | None:
+        """List its tars; None where the place cannot be listed."""
+
+    def look(self, name: str) -> Item | None:
+        """Find a file; None where there is none."""
+
+    def load(self, item: Item) -> bytes:
+        """Read a small file whole."""
+
+    def open(self, item: Item) -> IO[bytes]: ...
+
+    def write(self, name: str, content: bytes) -> None: ...
+
+    def name_of(self, item: Item) -> str:
+        """The item's name, relative to the folder."""
+
+    def source(self, items: Sequence[Item]) -> Source:
+        """Return a reader of the items' bytes, for one process."""
+
+    def close(self) -> None: ...
+
+
+class LocalFolder:
+    """A folder of this machine, or of a file system that it has mounted."""
+
+    parallel = 8  # reading headers waits for a network file system, and takes the interpreter's lock else
+
+    def __init__(self, root: Path) -> None:
+        self.root = root.absolute()
+        self.address = str(root)
+
+    def tars(self) -> list[Item]:
+        found = (self.look(path.name) for path in sorted(self.root.glob("*.tar")))
+        return [item for item in found if item is not None]
+
+    def look(self, name: str) -> Item | None:
+        path = self.root / name
+        if not path.is_file():
+            return None
+        stat = path.stat()
+        return Item(str(path), stat.st_size, str(stat.st_mtime_ns))
+
+    def load(self, item: Item) -> bytes:
+        return Path(item.address).read_bytes()
+
+    def open(self, item: Item) -> IO[bytes]:
+        return Path(item.address).open("rb")
+
+    def write(self, name: str, content: bytes) -> None:
+        try:
+            write_whole(self.root / name, content)
+        except OSError as error:
+            raise ConfigError(
+                f"data.keep_index=beside: {self.address} cannot be written ({error.strerror}); use run"
+            ) from error
+
+    def name_of(self, item: Item) -> str:
+        return str(Path(item.address).relative_to(self.root))
+
+    def source(self, items: Sequence[Item]) -> Source:
+        return LocalSource([Path(item.address) for item in items], sizes=[item.size or 0 for item in items])
+
+    def close(self) -> None: ...
+
+
+class StoreFolder:
+    """A web address, or a prefix of a bucket."""
+
+    parallel = CONCURRENCY
+
+    def __init__(self, root: str, store: Store, patience: Patience) -> None:
+        self.root = root
+        self.address = redact(root)
+        self._store = store
+        self._patience = patience
+        self._fetcher = Fetcher(store, patience)
+
+    def tars(self) -> list[Item] | None:
+        if isinstance(self._store, Web):
+            return None
+        return [
+            item
+            for item in cast("ListingStore", self._store).list(self.root)
+            if item.address.endswith(".tar")
+        ]
+
+    def look(self, name: str) -> Item | None:
+        return self._fetcher.look(f"{self.root}/{name}")
+
+    def load(self, item: Item) -> bytes:
+        return self._fetcher.read(item, 0, item.size or 0)
+
+    def open(self, item: Item) -> IO[bytes]:
+        return RangeFile(lambda start, end: self._fetcher.read(item, start, end), item.size or 0).as_file()
+
+    def write(self, name: str, content: bytes) -> None:
+        cast("ListingStore", self._store).write(f"{self.root}/{name}", content)
+
+    def name_of(self, item: Item) -> str:
+        return item.address.removeprefix(f"{self.root}/")
+
+    def source(self, items: Sequence[Item]) -> Source:
+        return RemoteSource(items, self._store, self._patience)
+
+    def close(self) -> None:
+        self._fetcher.close()
+
+
+def open_set(
+    address: str, split: str, *, data: DataConfig, keep: str | Path, key: str = "data.train"
+) -> Index:
+    """Find a set and return one split of it, checked. `keep` is the folder of kept indices, made if needed.
+
+    Raises ConfigError, naming `key`, for what no run could be right about; SourceError where a store fails.
+    """
+    folder, names = _locate(address, data, key)
+    named = f"{key}={redact(address)!r}"
+    with closing(folder):
+        if names is None and isinstance(folder, LocalFolder) and not _is_bare(folder):
+            index = open_index(folder.address, split, key=key)
+            items = _items_of(index) if data.cache_dir else []
+        else:
+            index, items = _open_kept(folder, names, split, data, Path(keep), named)
+    opener = index.opener or index.source
+    if data.cache_dir:
+        cache = Cache(Path(data.cache_dir).expanduser(), int(data.cache_gib * (1 << 30)))
+        entries = [
+            Entry(item.address, item.size or 0, shard.sha256, item.tag)
+            for item, shard in zip(items, index.shards, strict=True)
+        ]
+        return dataclasses.replace(index, opener=lambda: CachedSource(opener(), cache, entries))
+    return index
+
+
+def _items_of(index: Index) -> list[Item]:
+    """The files of a local set, as the cache must know them: a time tells two of one size apart."""
+    items = []
+    for i, shard in enumerate(index.shards):
+        path = index.root / shard.filename
+        size = index.sizes[i] if index.sizes else shard.num_bytes  # a sidecar has looked at no tar
+        items.append(Item(str(path), size, "" if shard.sha256 else str(path.stat().st_mtime_ns)))
+    return items
+
+
+def _locate(address: str, data: DataConfig, key: str) -> tuple[Folder, list[str] | None]:
+    """Return the folder that an address means, and the names in it where the address is a pattern."""
+    kind = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", address)
+    scheme = kind[1].lower() if kind else ""
+    if scheme in ("", "file"):
+        address = str(local_path(address))
+    elif scheme not in ("http", "https", "s3"):
+        raise ConfigError(
+            f"{key}={redact(address)!r}: {scheme}:// addresses cannot be read; use a folder, https:// or s3://"
+        )
+    names = None
+    root = address.rstrip("/") or "/"
+    if "{" in address or address.endswith(".tar"):
+        paths = _expand(address, key)
+        if scheme in ("", "file"):
+            paths = [str(Path(path).absolute()) for path in paths]
+        root = _common_folder(paths)
+        names = [path[len(root) + 1 :] for path in paths]
+    if scheme in ("", "file"):
+        return LocalFolder(Path(root)), names
+    store = Web() if scheme != "s3" else open_s3(data.s3.endpoint_url, data.read_timeout_s)
+    return StoreFolder(
+        root, store, Patience(data.read_timeout_s, data.read_attempts, data.max_failures)
+    ), names
+
+
+def open_s3(endpoint_url: str, timeout_s: float) -> ListingStore:
+    """Return the environment's S3. Raises ConfigError where boto3 is not installed."""
+    try:
+        module = importlib.import_module("vmamba_dist.data.s3")
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"s3:// addresses need boto3 ({error}); install it with: pip install 'vmamba-dist[s3]'"
+        ) from error
+    return cast("ListingStore", module.S3(endpoint_url, timeout_s))
+
+
+def _expand(pattern: str, key: str) -> list[str]:
+    """x-{000..002}.tar → x-000.tar, x-001.tar, x-002.tar."""
+    told = f"{key}={redact(pattern)!r}"
+    ranges = [abs(int(a) - int(b)) for a, b in re.findall(r"\{(-?\d+)\.\.(-?\d+)", pattern)]
+    if max(ranges, default=0) > _MOST_SHARDS:  # before it is written out
+        raise ConfigError(f"{told} names more than {_MOST_SHARDS} shards")
+    try:
+        paths = list(itertools.islice(braceexpand(pattern), _MOST_SHARDS + 1))
+    except ValueError as error:
+        raise ConfigError(f"{told}: {error}; write …/name-{{000000..000099}}.tar") from error
+    if len(paths) > _MOST_SHARDS:
+        raise ConfigError(f"{told} names more than {_MOST_SHARDS} shards")
+    wrong = next((path for path in paths if not path.endswith(".tar")), None)
+    if wrong is not None:
+        raise ConfigError(f"{told}: a pattern names tars, and {redact(wrong)!r} is none")
+    if len(set(paths)) < len(paths):
+        raise ConfigError(f"{told} names a shard twice")
+    return paths
+
+
+def _common_folder(paths: Sequence[str]) -> str:
+    """The deepest folder that all paths lie in."""
+    split = [path.split("/")[:-1] for path in paths]
+    return "/".join(
+        level[0]
+        for level in itertools.takewhile(lambda level: len(set(level)) == 1, zip(*split, strict=False))
+    )
+
+
+def _open_kept(
+    folder: Folder, names: list[str] | None, split: str, data: DataConfig, keep: Path, named: str
+) -> tuple[Index, list[Item]]:
+    """Open a set through its kept index, which is fetched or made where it is not there yet."""
+    info = folder.look(INFO) if names is None else None
+    if info is not None:
+        facts: list[object] = [split, info.size, info.tag]
+
+        def make(at: Path) -> None:
+            _fetch_index(folder, info, split, at, named)
+    else:
+        items = _list(folder, names, named)
+        facts = [[folder.name_of(item), item.size, item.tag] for item in items]
+        if data.keep_index == "beside" and (names is not None or folder.tars() is None):
+            raise ConfigError(
+                f"{named}: data.keep_index=beside needs a folder or s3://bucket/prefix, where an index can be "
+                "written for all its shards; use run"
+            )
+
+        def make(at: Path) -> None:
+            _make_index(folder, items, at, named)
+            if data.keep_index == "beside":
+                for sidecar in at.glob("_offsets-*.bin"):
+                    folder.write(sidecar.name, sidecar.read_bytes())
+                made = json.loads((at / INFO).read_bytes())
+                del made["tags"]  # of this place: the set may be copied, its index with it
+                folder.write(INFO, json.dumps(made, indent=1).encode())
+
+    at = _kept(keep, [folder.address, facts], make)
+    content = _parsed((at / INFO).read_bytes(), str(at / INFO))
+    listed = read_split(content, split, named=named, file=f"{folder.address}/{INFO}")
+    offsets = Offsets.read(at / f"_offsets-{listed.split}.bin", listed.fingerprint())
+    if offsets is None:
+        raise ConfigError(f"{at} is no whole index any more; remove the folder, and it is made anew")
+    tags = content.get("tags", {})
+    found = [
+        Item(f"{_root_of(folder)}/{shard.filename}", shard.num_bytes, tags.get(shard.filename, ""))
+        for shard in listed.shards
+    ]
+    is_local = isinstance(folder, LocalFolder)
+    index = Index(
+        root=folder.root if isinstance(folder, LocalFolder) else at,
+        name=listed.name or Path(folder.address).name,
+        split=listed.split,
+        shards=listed.shards,
+        num_classes=listed.num_classes,
+        class_names=listed.class_names,
+        offsets=offsets,
+        address="" if is_local else folder.address,
+        opener=lambda: folder.source(found),
+    )
+    return index, found
+
+
+def _root_of(folder: Folder) -> str:
+    return str(folder.root)  # type: ignore[attr-defined]
+
+
+def _list(folder: Folder, names: list[str] | None, named: str) -> list[Item]:
+    """Find the tars of a set without an index. Raises ConfigError where there are none, or some are missing."""
+    if names is None:
+        items = folder.tars()
+        if items is None:
+            raise ConfigError(
+                f"{named} has no {INFO}, and a web server cannot be asked what else it has: give a pattern, like "
+                f"{folder.address}/name-{{000000..000099}}.tar"
+            )
+        if not items:
+            raise ConfigError(f"{named} has neither an {INFO} nor tars; make a set with: vmamba shards pack")
+        return items
+    found = _in_parallel(folder.look, names, folder.parallel)
+    missing = [name for name, item in zip(names, found, strict=True) if item is None]
+    if missing:
+        raise ConfigError(
+            f"{named}: {len(missing)} of its {len(names)} shards are missing, first {missing[0]}"
+        )
+    return [item for item in found if item is not None]
+
+
+def _fetch_index(folder: Folder, info: Item, split: str, at: Path, named: str) -> None:
+    """Copy a set's index to `at`, with one split's offsets, which are made where the set has none."""
+    content = folder.load(info)
+    write_whole(at / INFO, content)
+    listed = read_split(_parsed(content, info.address), split, named=named, file=redact(info.address))
+    sidecar = at / f"_offsets-{listed.split}.bin"
+    found = folder.look(sidecar.name)
+    if found is not None:
+        write_whole(sidecar, folder.load(found))
+        offsets = Offsets.read(sidecar, listed.fingerprint())
+        if offsets is not None and offsets.lengths.tolist() == [s.num_samples for s in listed.shards]:
+            return
+    log.info("%s has no offsets for split %s: reading the headers of its tars", folder.address, listed.split)
+    items = _list(folder, [shard.filename for shard in listed.shards], named)
+    contents = _scan(folder, items)
+    bounds = []
+    for shard, item, content_ in zip(listed.shards, items, contents, strict=True):
+        if shard.num_bytes not in (None, item.size) or content_.num_samples != shard.num_samples:
+            raise ConfigError(
+                f"{redact(item.address)} has {item.size} bytes and {content_.num_samples} samples, its index says "
+                f"{shard.num_bytes} and {shard.num_samples}: they are not of one set; pack again"
+            )
+        bounds.append(content_.bounds)
+    Offsets.of(bounds).write(sidecar, listed.fingerprint())
+
+
+def _make_index(folder: Folder, items: Sequence[Item], at: Path, named: str) -> None:
+    """Read the headers of a set's tars, and write its index to `at`. Splits are told by the shards' names."""
+    log.info("%s has no %s: reading the headers of %d tars", folder.address, INFO, len(items))
+    contents = _scan(folder, items)
+    num_classes = max(content.num_classes for content in contents)
+    if not num_classes:
+        raise ConfigError(f"{named}: no sample has a label (.cls, or .json with an integer `label`)")
+    for item, content in zip(items, contents, strict=True):
+        if not content.whole:
+            log.warning(
+                "DAMAGED SHARD %s: it breaks off, or has an unreadable header, after %d samples; what follows is lost",
+                *(redact(item.address), content.num_samples),
+            )
+    splits: dict[str, Any] = {}
+    for split in sorted({split_of(folder.name_of(item)) for item in items}):
+        chosen = [i for i, item in enumerate(items) if split_of(folder.name_of(item)) == split]
+        shards = [Shard(folder.name_of(items[i]), contents[i].num_samples, items[i].size, "") for i in chosen]
+        splits[split] = {
+            "name": split,
+            "filenames": [shard.filename for shard in shards],
+            "shard_lengths": [shard.num_samples for shard in shards],
+            "num_samples": sum(shard.num_samples for shard in shards),
+            "bytes": [shard.num_bytes for shard in shards],
+        }
+        offsets = Offsets.of([contents[i].bounds for i in chosen])
+        listed = Listed("", split, tuple(shards), num_classes, ())
+        offsets.write(at / f"_offsets-{split}.bin", listed.fingerprint())
+    info = {
+        "name": re.sub(r"[^A-Za-z0-9_.-]+", "_", folder.address.rpartition("/")[2]),
+        "num_classes": num_classes,
+        "splits": splits,
+        "tags": {folder.name_of(item): item.tag for item in items if item.tag},
+    }
+    write_whole(at / INFO, json.dumps(info, indent=1).encode())
+
+
+def split_of(name: str) -> str:
+    """Tell the split of a shard by the words of its name; train where none of them is one."""
+    words = re.split(r"[^A-Za-z]+", name.lower())
+    return next((word for word in reversed(words) if word in _SPLITS), "train")
+
+
+def _scan(folder: Folder, items: Sequence[Item]) -> list[Contents]:
+    def scan(item: Item) -> Contents:
+        with folder.open(item) as file:
+            return scan_shard(file, item.size or 0)
+
+    return _in_parallel(scan, items, folder.parallel)
+
+
+def _in_parallel(function: Callable[[_Part], _Result], parts: Sequence[_Part], threads: int) -> list[_Result]:
+    """Map in threads, in order; the first error ends it, and nothing that has not begun is begun then."""
+    with ThreadPoolExecutor(threads) as pool:
+        return list(pool.map(function, parts))
+
+
+def _kept(keep: Path, key: object, make: Callable[[Path], None]) -> Path:
+    """Return the folder that is kept for a key, made by make(folder) where it is not there; whole or not at all."""
+    name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
+    try:
+        keep.mkdir(parents=True, exist_ok=True)
+        lock = os.open(keep / f"{name}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        keep = Path(tempfile.mkdtemp(prefix="vmamba-index-"))
+        atexit.register(shutil.rmtree, keep, ignore_errors=True)
+        log.warning("the index cannot be kept in its folder (%s); it is in %s for now", error, keep)
+        lock = os.open(keep / f"{name}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    folder = keep / name
+    with _locked(lock):
+        if not folder.is_dir():
+            for left in keep.glob(f"{name}.*.tmp"):  # of a process that was killed at it
+                shutil.rmtree(left)
+            beside = Path(tempfile.mkdtemp(prefix=f"{name}.", suffix=".tmp", dir=keep))
+            beside.chmod(0o755)
+            make(beside)
+            try:
+                beside.rename(folder)
+            except OSError:
+                if not folder.is_dir():  # else another rank has made the same, where there are no locks
+                    raise
+                shutil.rmtree(beside)
+    return folder
+
+
+def _is_bare(folder: LocalFolder) -> bool:
+    """Tell whether a folder has tars, and neither an index nor a pack that was interrupted."""
+    if (folder.root / INFO).exists() or (folder.root / PACKING).exists():
+        return False
+    return any(folder.root.glob("*.tar"))
+
+
+def _parsed(content: bytes, address: str) -> dict[str, Any]:
+    """Read an index's content. Raises ConfigError where it is none."""
+    try:
+        info = json.loads(content)
+        if not isinstance(info["splits"], dict):
+            raise TypeError("splits is not an object")
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{redact(address)} is not a set's index: {error!r}; pack the set again") from error
+    return info  # type: ignore[no-any-return]
+
+
+@contextmanager
+def _locked(lock: int) -> Iterator[None]:
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError as error:  # a file system without locks: at worst several ranks make the same index
+            log.warning("no flock in the folder of kept indices (%s)", error)
+        yield
+    finally:
+        os.close(lock)
