@@ -525,12 +525,18 @@ def on_cuda(parallel: dict[str, Any], compute: str) -> Any:
     return told, where, {name: whole(t) for name, t in engine.state().items()}
 
 
+COMPILING_S = 240.0  # the first step compiles the kernels, a minute and more on a slow host
+
+
 @pytest.mark.gpu
+@pytest.mark.timeout(800)
 @pytest.mark.parametrize("compute", ["float32", "bfloat16"])
 def test_one_gpu_steps_the_same_plain_sharded_and_offloaded(compute: str) -> None:
-    ((plain, _, _),) = world(1).run(on_cuda, {}, compute)
+    ((plain, _, _),) = world(1).run(on_cuda, {}, compute, timeout_s=COMPILING_S)
     for options, device in (({}, "cuda"), ({"cpu_offload": True}, "cpu")):
-        ((told, where, state),) = world(1).run(on_cuda, {"engine": "fsdp", **options}, compute)
+        ((told, where, state),) = world(1).run(
+            on_cuda, {"engine": "fsdp", **options}, compute, timeout_s=COMPILING_S
+        )
         assert where == {device}
         assert [applied for *_, applied in told] == [True, False, True]
         for (loss, norm, _), (expected_loss, expected_norm, _) in zip(told, plain, strict=True):
