@@ -12,6 +12,8 @@ from vmamba_dist.config.schema import ConfigError
 from vmamba_dist.data.encode import FORMATS
 from vmamba_dist.data.shards import describe, pack, verify
 
+FRACTALS = "data/fractals"  # where fractals go when no folder is said
+
 
 def main(words: Sequence[str]) -> int:
     """Run one shards command; 1 where a set has faults."""
@@ -24,8 +26,12 @@ def main(words: Sequence[str]) -> int:
     }.items():
         verbs.add_parser(name, help=text).add_argument("folder")
     fractal = verbs.add_parser("fractal", help="make labelled images from formulas, as many as you like")
-    fractal.add_argument("out", help="the folder to make")
-    fractal.add_argument("words", nargs="*", metavar="key=value", help="classes=100 per_class=1000 …")
+    fractal.add_argument(
+        "words",
+        nargs="+",
+        metavar="word",
+        help=f"the folder to make ({FRACTALS} where none is said), then classes=100 per_class=1000 …",
+    )
     fractal.add_argument("--overwrite", action="store_true", help="replace the set that is there")
     given = parser.parse_args(words)
     progress = _progress if sys.stderr.isatty() else None
@@ -61,8 +67,9 @@ def main(words: Sequence[str]) -> int:
             print(describe(given.folder))
         case "fractal":
             fractals = _fractals()
-            config = fractals.read_words(given.words)
-            print(fractals.fractal(given.out, config, overwrite=given.overwrite, progress=progress))
+            out, rest = _folder(given.words)
+            config = fractals.read_words(rest)
+            print(fractals.fractal(out, config, overwrite=given.overwrite, progress=progress))
     return 0
 
 
@@ -101,6 +108,20 @@ def _add_pack(packing: argparse.ArgumentParser) -> None:
     packing.add_argument("--label-column", help="of a list: label; of a saved dataset: its only class column")
     packing.add_argument("--workers", type=int, help="processes; default: one a core")
     packing.add_argument("--overwrite", action="store_true", help="replace the set that is there")
+
+
+def _folder(words: Sequence[str]) -> tuple[str, list[str]]:
+    """The folder to make, said first or as out=FOLDER, and the other words."""
+    first, *rest = words
+    if "=" not in first:
+        return first, rest
+    said = [word for word in words if word.startswith("out=")]
+    if not said:
+        return FRACTALS, list(words)
+    folder = said[-1].removeprefix("out=")
+    if not folder:
+        raise ConfigError("out= names no folder; write for example out=data/fractals")
+    return folder, [word for word in words if word not in said]
 
 
 def _fractals() -> ModuleType:
