@@ -22,6 +22,7 @@ from vmamba_dist.scaling.fitted import place, split, study_folder, whole
 from vmamba_dist.scaling.laws import BOOTSTRAPS
 from vmamba_dist.scaling.planned import text as plan_text
 from vmamba_dist.scaling.publish import publish
+from vmamba_dist.scaling.running import recorded
 from vmamba_dist.scaling.runs import RunRecord, as_table, losses_of, read_study
 from vmamba_dist.scaling.study import Study, choose_lrs, plan_study
 from vmamba_dist.scaling.verbs import SUB_VERBS
@@ -279,7 +280,7 @@ def _search(study: Study, runs: Sequence[RunRecord]) -> Section:
     )
     parts: list[Part] = [Table(("model", "lr", "loss"), rows)]
     try:
-        chosen = choose_lrs(study, losses)
+        chosen = recorded(study) or choose_lrs(study, losses)
         parts.append(
             Table(("model", "lr", "how"), tuple((k, f"{c.lr:.4g}", c.how) for k, c in chosen.items()))
         )
