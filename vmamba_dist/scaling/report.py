@@ -174,7 +174,11 @@ def _runs_and_law(found: Analysis) -> Section:
         "The law and its residuals",
         (
             Plot("curves", "Loss against samples seen. Points: runs; lines: the law.", plots.curves(found)),
-            Plot("residuals", "Residuals; bands at one and three times the noise.", plots.residuals(found)),
+            Plot(
+                "residuals",
+                "Residuals, in the same colours; bands at one and three times the noise.",
+                plots.residuals(found),
+            ),
         ),
     )
 
