@@ -164,16 +164,17 @@ def test_mistakes_are_named(tmp_path: Path, words: list[str], message: str) -> N
 
 
 @pytest.mark.parametrize(
-    ("first", "folder"), [(["named"], "named"), (["out=named"], "named"), ([], "data/fractals")]
+    ("said", "folder"), [(["named"], "named"), (["out=named"], "named"), ([], "data/fractals")]
 )
 def test_the_folder_may_be_said_in_either_style_or_not_at_all(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: list[str], folder: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: list[str], folder: str
 ) -> None:
     """`classes=2 per_class=1` alone was wrong: classes=2 was taken for the folder, and said to be unset."""
     monkeypatch.chdir(tmp_path)
     words = ["classes=2", "per_class=1", "size=16", "test_per_class=0", "workers=1"]
-    assert command.main(["fractal", *first, *words]) == 0
-    assert read_index(tmp_path / folder).num_samples == 2
+    for sentence in ([*said, *words], [*words, *said, "--overwrite"]):
+        assert command.main(["fractal", *sentence]) == 0
+        assert read_index(tmp_path / folder).num_samples == 2
 
 
 def test_a_folder_without_a_name_is_named() -> None:

@@ -111,10 +111,12 @@ def _add_pack(packing: argparse.ArgumentParser) -> None:
 
 
 def _folder(words: Sequence[str]) -> tuple[str, list[str]]:
-    """The folder to make, said first or as out=FOLDER, and the other words."""
-    first, *rest = words
-    if "=" not in first:
-        return first, rest
+    """The folder to make, a word of its own or out=FOLDER, and the other words."""
+    bare = next((word for word in words if "=" not in word), None)
+    if bare is not None:
+        rest = list(words)
+        rest.remove(bare)
+        return bare, rest
     said = [word for word in words if word.startswith("out=")]
     if not said:
         return FRACTALS, list(words)
