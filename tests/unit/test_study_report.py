@@ -184,6 +184,7 @@ def test_the_report_has_all_of_its_parts(reported: Path, micro: tuple[Study, lis
     for image in re.findall(r"\]\((figures/\w+\.png)\)", told):
         assert (reported / image).read_bytes().startswith(PNG)
     assert "between seeds" in told
+    assert re.search(r"the law.s best size is N\* [\d.e+]+ \(.*for a loss of [\d.]+ \(", told)
     assert "branched from a checkpoint" in told
     assert all(f"{r.label}-131072-s0" in told for r in study.rungs)
 
