@@ -163,6 +163,25 @@ def test_mistakes_are_named(tmp_path: Path, words: list[str], message: str) -> N
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("said", "folder"), [(["named"], "named"), (["out=named"], "named"), ([], "data/fractals")]
+)
+def test_the_folder_may_be_said_in_either_style_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: list[str], folder: str
+) -> None:
+    """`classes=2 per_class=1` alone was wrong: classes=2 was taken for the folder, and said to be unset."""
+    monkeypatch.chdir(tmp_path)
+    words = ["classes=2", "per_class=1", "size=16", "test_per_class=0", "workers=1"]
+    for sentence in ([*said, *words], [*words, *said, "--overwrite"]):
+        assert command.main(["fractal", *sentence]) == 0
+        assert read_index(tmp_path / folder).num_samples == 2
+
+
+def test_a_folder_without_a_name_is_named() -> None:
+    with pytest.raises(ConfigError, match="out= names no folder"):
+        command.main(["fractal", "classes=2", "out="])
+
+
 def test_the_command_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["classes=3", "per_class=4", "size=16", "format=png", "test_per_class=0", "workers=1"]
     assert command.main(["fractal", str(tmp_path / "out"), *words]) == 0

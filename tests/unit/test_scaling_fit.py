@@ -278,6 +278,23 @@ def test_what_cannot_be_told_is_said() -> None:
     assert any("E is hardly identified" in r for r in steep.remarks())
 
 
+def test_a_loss_that_does_not_fall_along_one_of_them_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Losses that are all the same gave (wrong) exponents of 2 within intervals of no width, and no word."""
+    x = grid()
+    for y, flat in (
+        (predict(VALUES, x), []),
+        (1 + 410.7 * x[1] ** -0.28, ["params"]),
+        (3 + 0 * x[0], ["params", "samples"]),
+    ):
+        runs = table(tmp_path / "runs.csv", x, y)
+        assert verbs.main(["fit", f"table={runs}", "bootstraps=40"]) == 0
+        said = capsys.readouterr().out
+        for name in ("params", "samples"):
+            assert (f"over the {name} that ran the loss falls by no more" in said) == (name in flat)
+
+
 # The verb
 
 
@@ -385,6 +402,11 @@ def test_a_bad_table_is_named(tmp_path: Path, content: str, part: str) -> None:
         (["config=configs/study/micro.yaml", "bootstraps=3"], "40 or more"),
         (["config=configs/study/micro.yaml", "against=age"], "choose one of"),
         (["config=configs/study/micro.yaml", "of=top1"], "needs against="),
+        (
+            ["config=configs/study/micro.yaml", "against=samples", "details=x.json"],
+            "details=x.json: not taken",
+        ),
+        (["config=configs/study/micro.yaml", "against=samples", "delta=0.1"], "delta=0.1: not taken"),
         (["config=configs/study/micro.yaml", "run.dir=nowhere"], "0 points for 5 parameters.*never started"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,

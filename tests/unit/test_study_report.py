@@ -136,6 +136,21 @@ def test_the_search_is_read_from_its_runs(micro: tuple[Study, list[str]]) -> Non
         assert chosen[rung.label].lr == pytest.approx(3e-3, rel=0.02)
 
 
+def test_the_report_tells_the_learning_rates_that_the_grid_has(tmp_path: Path) -> None:
+    """A run of the search that ends later would change the choice (wrong), but not the record that the grid ran by."""
+    words = [MICRO, f"run.dir={tmp_path}"]
+    study = plan_study(load(words))
+    kept = {rung.label: {"lr": 0.00321, "how": "search: best run"} for rung in study.rungs}
+    content = {"search": sorted(point.name for point in study.search), "losses": {}, "chosen": kept}
+    (tmp_path / "lrs.json").write_text(json.dumps(content))
+    for point in study.search:
+        record(point, words, law(point))
+    assert verbs.main(["report", *words, "bootstraps=40"]) == 0
+    told = (tmp_path / "study" / "report.md").read_text(encoding="utf-8")
+    for rung in study.rungs:
+        assert f"| {rung.label} | 0.00321 | search: best run |" in told
+
+
 def test_the_report_is_one_file_with_its_plots_in_it(reported: Path) -> None:
     page = (reported / "report.html").read_text()
     images = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
@@ -169,6 +184,7 @@ def test_the_report_has_all_of_its_parts(reported: Path, micro: tuple[Study, lis
     for image in re.findall(r"\]\((figures/\w+\.png)\)", told):
         assert (reported / image).read_bytes().startswith(PNG)
     assert "between seeds" in told
+    assert re.search(r"the law.s best size is N\* [\d.e+]+ \(.*for a loss of [\d.]+ \(", told)
     assert "branched from a checkpoint" in told
     assert all(f"{r.label}-131072-s0" in told for r in study.rungs)
 

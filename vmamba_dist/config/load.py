@@ -23,7 +23,10 @@ from vmamba_dist.config.addresses import WHERE, is_secret, redact
 from vmamba_dist.config.schema import Config, ConfigError
 
 _PACKAGE = Path(__file__).resolve().parent.parent
-_BESIDE = {"sweep": "python launch/sweep.py", "search": "vmamba search"}  # groups that are no run's
+_BESIDE = {
+    "sweep": "python launch/sweep.py and vmamba study run",
+    "search": "vmamba search",
+}  # groups that are no run's
 
 
 def find_config(name: str) -> Path:

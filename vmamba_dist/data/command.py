@@ -13,6 +13,8 @@ from vmamba_dist.data import sidecar
 from vmamba_dist.data.encode import FORMATS
 from vmamba_dist.data.shards import describe, pack, verify
 
+FRACTALS = "data/fractals"  # where fractals go when no folder is said
+
 
 def main(words: Sequence[str]) -> int:
     """Run one shards command; 1 where a set has faults."""
@@ -30,8 +32,12 @@ def main(words: Sequence[str]) -> int:
                 "--sidecar", action="store_true", help="write the index of a large set that needs no parsing"
             )
     fractal = verbs.add_parser("fractal", help="make labelled images from formulas, as many as you like")
-    fractal.add_argument("out", help="the folder to make")
-    fractal.add_argument("words", nargs="*", metavar="key=value", help="classes=100 per_class=1000 …")
+    fractal.add_argument(
+        "words",
+        nargs="+",
+        metavar="word",
+        help=f"the folder to make ({FRACTALS} where none is said), then classes=100 per_class=1000 …",
+    )
     fractal.add_argument("--overwrite", action="store_true", help="replace the set that is there")
     given = parser.parse_args(words)
     progress = _progress if sys.stderr.isatty() else None
@@ -70,8 +76,9 @@ def main(words: Sequence[str]) -> int:
             print(describe(given.folder))
         case "fractal":
             fractals = _fractals()
-            config = fractals.read_words(given.words)
-            print(fractals.fractal(given.out, config, overwrite=given.overwrite, progress=progress))
+            out, rest = _folder(given.words)
+            config = fractals.read_words(rest)
+            print(fractals.fractal(out, config, overwrite=given.overwrite, progress=progress))
     return 0
 
 
@@ -110,6 +117,22 @@ def _add_pack(packing: argparse.ArgumentParser) -> None:
     packing.add_argument("--label-column", help="of a list: label; of a saved dataset: its only class column")
     packing.add_argument("--workers", type=int, help="processes; default: one a core")
     packing.add_argument("--overwrite", action="store_true", help="replace the set that is there")
+
+
+def _folder(words: Sequence[str]) -> tuple[str, list[str]]:
+    """The folder to make, a word of its own or out=FOLDER, and the other words."""
+    bare = next((word for word in words if "=" not in word), None)
+    if bare is not None:
+        rest = list(words)
+        rest.remove(bare)
+        return bare, rest
+    said = [word for word in words if word.startswith("out=")]
+    if not said:
+        return FRACTALS, list(words)
+    folder = said[-1].removeprefix("out=")
+    if not folder:
+        raise ConfigError("out= names no folder; write for example out=data/fractals")
+    return folder, [word for word in words if word not in said]
 
 
 def _fractals() -> ModuleType:

@@ -5,7 +5,7 @@ Law: every run that came in is in exactly one of `used`, `held_out` and `left_ou
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -100,7 +100,7 @@ class Analysis:
         return {"params": (min(sizes), max(sizes)), "samples": (min(counts), max(counts))}
 
     def remarks(self) -> list[str]:
-        found = self.law.remarks()
+        found = [*self.law.remarks(), *self._flat()]
         if self.work.assumed:
             found.append("no multiply-adds were given (column gmacs): the frontier assumes C = 6 N D")
         if any(r.branched_from for r in self.used):
@@ -120,6 +120,17 @@ class Analysis:
                 "the runs are a grid of samples: IsoFLOP levels are interpolated along each size's runs, in logarithms"
             )
         return found
+
+    def _flat(self) -> Iterator[str]:
+        x, y = points(self.used)
+        for name, at, amplitude, exponent in zip(
+            ("params", "samples"), x, self.law.value[1:3], self.law.value[3:5], strict=True
+        ):
+            if np.ptp(amplitude * at**-exponent) <= max(self.law.noise, 1e-9) * float(np.median(y)):
+                yield (
+                    f"over the {name} that ran the loss falls by no more than a run's noise: nothing is known of its "
+                    "exponent"
+                )
 
 
 def points(runs: Sequence[RunRecord]) -> tuple[Array, Array]:

@@ -75,6 +75,9 @@ def _records(own: Mapping[str, str], rest: Sequence[str]) -> tuple[list[RunRecor
 
 def _along(own: Mapping[str, str], records: Sequence[RunRecord], bootstraps: int) -> int:
     against, of = own["against"], own.get("of", "loss")
+    unread = next((word for word in ("details", "delta") if word in own), None)
+    if unread is not None:
+        raise ConfigError(f"{unread}={own[unread]}: not taken beside against=…; leave it out")
     if against not in get_args(Dimension):
         raise ConfigError(f"against={against}: choose one of {', '.join(get_args(Dimension))}")
     if of not in get_args(Measure):
@@ -138,7 +141,8 @@ def _frontier(found: Analysis) -> Iterator[str]:
                 if valley.params is None
                 else f"params* {valley.params:.3g}, loss {valley.loss:.4g}"
             )
-            yield f"         C {valley.flops:.2e}  {at}{'' if valley.inside else ', outside of the sizes that ran'}"
+            outside = valley.params is not None and not valley.inside
+            yield f"         C {valley.flops:.2e}  {at}{', outside of the sizes that ran' * outside}"
 
 
 def _span(values: tuple[float, float, float]) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 
 from vmamba_dist.config import load
 from vmamba_dist.models.variants import configured
-from vmamba_dist.scaling.study import Point, Study, plan_study, totals
+from vmamba_dist.scaling.study import Point, Study, hours_told, plan_study, totals
 
 FEW = 300  # samples a class
 
@@ -55,7 +55,7 @@ def _ladder(study: Study) -> Iterator[str]:
         dims, depths = ("/".join(map(str, values)) for values in (variant.dims, variant.depths))
         name = rung.label + " *" * rung.held_out
         yield (
-            f"{name:<22}{dims:>22}{depths:>14}{rung.params / 1e6:>11.3f}{rung.macs / 1e9:>10.4f}{rung.batch:>7}  "
+            f"{name:<22}{dims:>22}{depths:>14}{rung.params / 1e6:>11.3f}{rung.macs / 1e9:>10.4g}{rung.batch:>7}  "
             f"{told or 'no point within the limits'}"
         )
     if any(rung.held_out for rung in study.rungs):
@@ -132,4 +132,4 @@ def _one(point: Point) -> str:
 
 def _told(study: Study, points: Sequence[Point]) -> str:
     spent, hours = totals(points)
-    return f"{spent:.2e} FLOPs" + (f", {hours:,.4g} {_unit(study)}" if hours is not None else "")
+    return f"{spent:.2e} FLOPs" + (f", {hours_told(hours)} {_unit(study)}" if hours is not None else "")

@@ -11,7 +11,9 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullFormatter
 
 from vmamba_dist.scaling.analysis import Analysis, points
 from vmamba_dist.scaling.fit import predict
@@ -41,6 +43,24 @@ def _colour(value: float, low: float, high: float) -> tuple[float, float, float,
     share = (np.log(value) - np.log(low)) / max(1e-9, np.log(high) - np.log(low))
     r, g, b, a = _COLOURS(0.92 * float(np.clip(share, 0, 1)))
     return float(r), float(g), float(b), float(a)
+
+
+def _logarithmic(axes: Axes, *, x: bool = False, y: bool = False) -> None:
+    """Logarithmic axes whose labels are numbers as one says them: 200 k, 0.6."""
+    if x:
+        axes.set_xscale("log")
+        _ticks(axes.xaxis, axes.get_xlim(), EngFormatter(sep=" "))
+    if y:
+        axes.set_yscale("log")
+        _ticks(axes.yaxis, axes.get_ylim(), FuncFormatter(lambda value, _: f"{value:g}"))
+
+
+def _ticks(axis: Axis, ends: tuple[float, float], form: EngFormatter | FuncFormatter) -> None:
+    if np.log10(ends[1] / ends[0]) < 2:  # else the decades are enough, and their own labels the clearest
+        few = (1.0, 2.0, 3.0, 5.0) if ends[1] / ends[0] > 5 else tuple(np.arange(2, 20) / 2)
+        axis.set_major_locator(LogLocator(subs=few))
+        axis.set_major_formatter(form)
+        axis.set_minor_formatter(NullFormatter())
 
 
 def _sizes(runs: Sequence[RunRecord]) -> list[float]:
@@ -73,8 +93,7 @@ def curves(found: Analysis) -> bytes:
         )
         x = np.stack([np.full_like(along, size), along])
         axes.plot(along, predict(found.law.value, x), "--" if out else "-", color=colour, lw=1)
-    axes.set_xscale("log")
-    axes.set_yscale("log")
+    _logarithmic(axes, x=True, y=True)
     axes.legend(title="params", fontsize=8)
     return png(figure)
 
@@ -98,15 +117,18 @@ def isoflop(found: Analysis) -> bytes | None:
         axes.plot(sizes, np.polyval(valley.curve, np.log(sizes)), ":", color=colour, lw=1)
         if valley.params is not None and valley.inside:
             axes.plot([valley.params], [valley.loss or np.nan], "v", color=colour, mfc="none")
-    axes.set_xscale("log")
+    _logarithmic(axes, x=True)
     axes.legend(title="C, FLOPs (— law, ··· parabola)", fontsize=8)
     return png(figure)
 
 
 def residuals(found: Analysis) -> bytes:
-    """Each run's loss over the law's, less one, against samples; bands at one and three times the noise."""
+    """Each run's loss over the law's, less one, against samples; bands at one and three times the noise.
+
+    A size has the colour that it has among the curves.
+    """
     figure, axes = _axes("samples seen", "loss over the law's, less one, %")
-    sizes = _sizes(found.used)
+    sizes = _sizes([*found.used, *(h.run for h in found.held_out)])
     for run, residual in zip(found.used, found.law.residuals, strict=True):
         axes.plot(
             [run.samples], [100 * np.expm1(residual)], "o", color=_colour(run.params, sizes[0], sizes[-1])
@@ -114,7 +136,7 @@ def residuals(found: Analysis) -> bytes:
     for times in (1, 3):
         axes.axhspan(-100 * times * found.law.noise, 100 * times * found.law.noise, color="grey", alpha=0.12)
     axes.axhline(0, color="black", lw=0.8)
-    axes.set_xscale("log")
+    _logarithmic(axes, x=True)
     return png(figure)
 
 
@@ -123,6 +145,8 @@ def frontier(found: Analysis) -> bytes:
     figure = Figure(figsize=(_SIZE[0], 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     front = found.frontier
+    x, _ = points(found.used)
+    last = float((found.work.flops(x[0]) * x[1]).max())
     for axes, part, name in ((left, front.params, "params*"), (right, front.samples, "samples*")):
         axes.plot(front.flops, part[0], "-", color="tab:blue", label="law")
         axes.fill_between(front.flops, part[1], part[2], color="tab:blue", alpha=0.2, lw=0)
@@ -130,13 +154,17 @@ def frontier(found: Analysis) -> bytes:
         axes.set_yscale("log")
         axes.set_xlabel("C, FLOPs")
         axes.set_ylabel(name)
+        axes.axvline(last, color="grey", ls=":")
         axes.grid(visible=True, alpha=0.2)
     for valley in found.parabola.valleys if found.parabola else ():
         if valley.params is not None and valley.inside:
             flops = found.work.flops(np.array([valley.params]))[0]
             left.plot([valley.flops], [valley.params], "v", color="tab:red", mfc="none")
             right.plot([valley.flops], [valley.flops / flops], "v", color="tab:red", mfc="none")
-    left.set_title("line: law with 95 % band; triangles: parabola", fontsize=8)
+    left.set_title(
+        "line: law with 95 % band; triangles: parabola;\nextrapolated to the right of the dotted line",
+        fontsize=8,
+    )
     return png(figure)
 
 
@@ -177,8 +205,7 @@ def pace(runs: Sequence[RunRecord]) -> bytes | None:
     for axes, (key, title, by) in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
         mine = [r for r in runs if getattr(r, key)]
         axes.plot([r.params for r in mine], [by * getattr(r, key) for r in mine], "o", color="tab:blue", ms=4)
-        axes.set_xscale("log")
-        axes.set_yscale("log")
+        _logarithmic(axes, x=True, y=key == "samples_per_s")
         axes.set_xlabel("params")
         axes.set_title(title, fontsize=9)
         axes.grid(visible=True, alpha=0.2)

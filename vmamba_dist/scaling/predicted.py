@@ -19,7 +19,7 @@ from vmamba_dist.models import flops
 from vmamba_dist.models.variants import configured, describe
 from vmamba_dist.scaling.analysis import law_of
 from vmamba_dist.scaling.fitted import DETAILS, positive, split, study_folder, whole
-from vmamba_dist.scaling.study import classes_of, gpu_hours_per_sample
+from vmamba_dist.scaling.study import classes_of, gpu_hours_per_sample, hours_told
 
 # Words of the verb, and what each stands for.
 WORDS = {
@@ -131,7 +131,7 @@ def text(
         f"loss     {found.loss:.4f}; 95 % of the law {low:.4f} … {high:.4f}, of one run {run_low:.4f} … {run_high:.4f}",
     ]
     if found.gpu_hours is not None:
-        hours = f"{found.gpu_hours:,.4g} GPU-hours on {gpus} × {gpu}"
+        hours = f"{hours_told(found.gpu_hours)} GPU-hours on {gpus} × {gpu}"
         lines.append(f"cost     {hours} in bfloat16, by `vmamba plan`'s model")
     else:
         lines.append(f"cost     unknown: {found.no_cost}")

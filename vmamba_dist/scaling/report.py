@@ -13,15 +13,18 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from vmamba_dist.config import ConfigError, load
 from vmamba_dist.scaling import plots
-from vmamba_dist.scaling.analysis import Analysis, analyse
+from vmamba_dist.scaling.analysis import Analysis, analyse, points
 from vmamba_dist.scaling.board import write_events
 from vmamba_dist.scaling.fit import Array
 from vmamba_dist.scaling.fitted import place, split, study_folder, whole
-from vmamba_dist.scaling.laws import BOOTSTRAPS
+from vmamba_dist.scaling.laws import BOOTSTRAPS, frontier
 from vmamba_dist.scaling.planned import text as plan_text
 from vmamba_dist.scaling.publish import publish
+from vmamba_dist.scaling.running import recorded
 from vmamba_dist.scaling.runs import RunRecord, as_table, losses_of, read_study
 from vmamba_dist.scaling.study import Study, choose_lrs, plan_study
 from vmamba_dist.scaling.verbs import SUB_VERBS
@@ -149,6 +152,8 @@ def _summary(study: Study, runs: Sequence[RunRecord], found: Analysis | None, wh
     parts += [
         f"loss = E + A / N^alpha + B / D^beta, fitted to {len(found.used)} runs:",
         Table(("parameter", "value", "95 % interval", "95 % for all at once"), rows),
+        "E is the loss that neither size nor samples lower; alpha and beta are how fast they lower the rest.",
+        _best(found),
         f"Noise of a run around the law: {law.noise:.2%} ({seeds}). Huber's threshold on log residuals: "
         f"{law.delta:.2%}.",
         *(
@@ -164,6 +169,17 @@ def _summary(study: Study, runs: Sequence[RunRecord], found: Analysis | None, wh
     return Section("Summary", tuple(parts))
 
 
+def _best(found: Analysis) -> str:
+    """What to train with the most compute that a fitted run had."""
+    x, _ = points(found.used)
+    most = (found.work.flops(x[0]) * x[1]).max()
+    front = frontier(found.law, found.work, np.array([most]))
+    return (
+        f"With the most compute of these runs, {most:.3g} FLOPs, the law's best size is N* {_span(front.params, 0)} "
+        f"with D* {_span(front.samples, 0)}, for a loss of {_span(front.loss, 0)}; N* grows as C^{front.a}."
+    )
+
+
 def _prediction(loss: float, predicted: float, error: float) -> str:
     return f"loss {loss:.4f}, predicted {predicted:.4f}, off by {error:+.2%}"
 
@@ -173,7 +189,11 @@ def _runs_and_law(found: Analysis) -> Section:
         "The law and its residuals",
         (
             Plot("curves", "Loss against samples seen. Points: runs; lines: the law.", plots.curves(found)),
-            Plot("residuals", "Residuals; bands at one and three times the noise.", plots.residuals(found)),
+            Plot(
+                "residuals",
+                "Residuals, in the same colours; bands at one and three times the noise.",
+                plots.residuals(found),
+            ),
         ),
     )
 
@@ -279,7 +299,7 @@ def _search(study: Study, runs: Sequence[RunRecord]) -> Section:
     )
     parts: list[Part] = [Table(("model", "lr", "loss"), rows)]
     try:
-        chosen = choose_lrs(study, losses)
+        chosen = recorded(study) or choose_lrs(study, losses)
         parts.append(
             Table(("model", "lr", "how"), tuple((k, f"{c.lr:.4g}", c.how) for k, c in chosen.items()))
         )

@@ -82,28 +82,41 @@ def chosen(study: Study) -> dict[str, Choice]:
     Raises ConfigError where a searched rung has no finite loss, or the record is of another search.
     """
     folder = Path(study.cfg.run.dir)
-    file = folder / LRS
-    tried = sorted(point.name for point in study.search)
-    labels = {rung.label for rung in study.rungs}
-    if file.exists():
-        record = json.loads(file.read_text())
-        found = {label: Choice(**choice) for label, choice in record["chosen"].items()}
-        if record["search"] != tried or set(found) != labels:
-            raise ConfigError(
-                f"{file} holds the learning rates of another search or ladder; take another run.dir, or remove the "
-                "file and the runs of the grid"
-            )
+    found = recorded(study)
+    if found is not None:
         return found
     losses = losses_of([read_point(point, folder) for point in study.search])
     choices = choose_lrs(study, losses)
     content = {
-        "search": tried,
+        "search": _tried(study),
         "losses": losses,
         "chosen": {label: asdict(choice) for label, choice in choices.items()},
     }
     folder.mkdir(parents=True, exist_ok=True)
-    write(file, json.dumps(content, indent=1) + "\n")
+    write(folder / LRS, json.dumps(content, indent=1) + "\n")
     return choices
+
+
+def recorded(study: Study) -> dict[str, Choice] | None:
+    """Each rung's learning rate as the grid has it; None before it is chosen.
+
+    Raises ConfigError where the record is of another search.
+    """
+    file = Path(study.cfg.run.dir) / LRS
+    if not file.exists():
+        return None
+    record = json.loads(file.read_text())
+    found = {label: Choice(**choice) for label, choice in record["chosen"].items()}
+    if record["search"] != _tried(study) or set(found) != {rung.label for rung in study.rungs}:
+        raise ConfigError(
+            f"{file} holds the learning rates of another search or ladder; take another run.dir, or remove the "
+            "file and the runs of the grid"
+        )
+    return found
+
+
+def _tried(study: Study) -> list[str]:
+    return sorted(point.name for point in study.search)
 
 
 def _told(results: Sequence[PointResult], code: int) -> int:

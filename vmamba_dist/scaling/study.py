@@ -468,6 +468,11 @@ def totals(points: Sequence[Point]) -> tuple[float, float | None]:
     return sum(p.cost_flops for p in points), sum(known) if len(known) == len(hours) else None
 
 
+def hours_told(hours: float) -> str:
+    """Hours in four digits or all whole ones: 5.992, 15,640."""
+    return f"{hours:,.0f}" if hours >= 1e4 else f"{hours:,.4g}"
+
+
 def _affordable(cfg: Config, rungs: Sequence[Rung]) -> tuple[float, ...]:
     """study.levels levels of compute: those with the most points, and of these the highest that the total allows."""
     study = cfg.study
