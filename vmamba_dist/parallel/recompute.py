@@ -34,8 +34,11 @@ def apply_recompute(backbone: VMamba, policy: Literal["off", "block", "selective
         "selective": recompute_but_scans,
     }
     for block in backbone.blocks():
+        if policy == "selective":  # which looks for single operations
+            block.fuse = "never"
+        elif block.recompute is recompute_but_scans:
+            block.fuse = "auto"
         block.recompute = how[policy]
-        block.fuse = "never" if policy == "selective" else "auto"  # which looks for single operations
 
 
 def recompute_but_scans(branches: Branches, x: Tensor, keep: Tensor | None) -> Tensor:
