@@ -115,7 +115,7 @@ def materialising_model() -> Iterator[None]:
     """Let every SS2D run its scan through `materialised_scan`, in blocks that are composed of their modules."""
     with (
         patch.object(vmamba_dist.models.ss2d, "ss2d_scan", materialised_scan),
-        patch.object(vmamba_dist.models.vmamba.Block, "_fuses", lambda self, x: False),
+        patch.object(vmamba_dist.models.vmamba.Block, "_fuses", lambda *_: False),
     ):
         yield
 

@@ -149,7 +149,23 @@ def _listen(block: Block) -> None:
     block.norm.register_full_backward_hook(lambda *_: None)
 
 
-@pytest.mark.parametrize("change", [_hook, _replace, _listen], ids=lambda f: f.__name__)
+def _listen_before(block: Block) -> None:
+    block.op.out_proj.register_full_backward_pre_hook(lambda *_: None)
+
+
+def _hook_the_mlp(block: Block) -> None:
+    block.mlp.register_forward_hook(lambda *_: None)
+
+
+def _replace_the_mlp(block: Block) -> None:
+    block.mlp = nn.Identity()  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [_hook, _replace, _listen, _listen_before, _hook_the_mlp, _replace_the_mlp],
+    ids=lambda f: f.__name__,
+)
 def test_it_steps_aside_for_whoever_looks_at_the_modules(
     change: Callable[[Block], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -162,6 +178,61 @@ def test_it_steps_aside_for_whoever_looks_at_the_modules(
     change(next(made.blocks()))
     outcome(made, "always", torch.float32)
     assert len(ran) == 4 + 3
+
+
+def block_and_tokens(fuse: str) -> tuple[Block, Tensor]:
+    block = next(model().blocks())
+    block.fuse = fuse  # type: ignore[assignment]
+    return block, golden_tensor("fused.tokens", (2, 6, 4, 12)).float().to(DEVICE).requires_grad_()
+
+
+def test_who_wants_a_gradient_of_keep_gets_it() -> None:
+    found = []
+    for fuse in ("never", "always"):
+        block, x = block_and_tokens(fuse)
+        keep = torch.ones(2, 2, device=DEVICE, requires_grad=True)
+        (grad,) = torch.autograd.grad(block(x, keep).square().sum(), keep)
+        found.append(grad)
+    assert relative_rms(found[1], found[0]) <= 1e-6
+
+
+def test_what_it_returns_may_be_changed_in_place() -> None:
+    """Returned as a view, autograd refused that, and FSDP2 warned of every block."""
+    block, x = block_and_tokens("always")
+    (expected,) = torch.autograd.grad((block(x) * 2).square().sum(), x)
+    y = block(x)
+    y *= 2
+    (grad,) = torch.autograd.grad(y.square().sum(), x)
+    assert torch.equal(grad, expected)
+
+
+def test_one_row_of_keep_is_for_all_samples_and_three_for_two_are_refused() -> None:
+    """Kernels look at no bounds."""
+    block, x = block_and_tokens("always")
+    keep = torch.tensor([[0.0, 2.0]], device=DEVICE)
+    assert torch.equal(block(x, keep), block(x, keep.repeat(2, 1)))
+    with pytest.raises(RuntimeError, match="expand"):
+        block(x, keep.repeat(3, 1))
+
+
+def test_a_second_derivative_is_refused() -> None:
+    block, x = block_and_tokens("always")
+    (grad,) = torch.autograd.grad(block(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        grad.sum().backward()  # type: ignore[no-untyped-call]
+
+
+def test_recompute_leaves_the_word_of_whoever_set_fuse() -> None:
+    made = model()
+    for word in ("never", "always", "auto"):
+        next(made.blocks()).fuse = word
+        apply_recompute(made, "off")
+        apply_recompute(made, "block")
+        assert next(made.blocks()).fuse == word
+    apply_recompute(made, "selective")
+    assert next(made.blocks()).fuse == "never"
+    apply_recompute(made, "off")
+    assert next(made.blocks()).fuse == "auto"
 
 
 @pytest.mark.parametrize(

@@ -118,7 +118,7 @@ def weights_of(block: Block) -> Weights:
 
 
 def parts_of(block: Block) -> list[tuple[nn.Module, type[nn.Module]]]:
-    """The modules whose forward the fused block does not call, and what it takes each for."""
+    """The modules whose forward the fused block does not call, its MLP aside, and what it takes each for."""
     op, mlp = block.op, block.mlp
     return [
         (op, SS2D), (block.norm, LayerNorm), (op.out_norm, LayerNorm), (block.norm2, LayerNorm),
@@ -128,7 +128,12 @@ def parts_of(block: Block) -> list[tuple[nn.Module, type[nn.Module]]]:
 
 
 def run(x: Tensor, keep: Tensor | None, plan: Plan, weights: Weights) -> Tensor:
-    """Return what the block's modules make of x (B, H, W, C) and keep (B, 2)."""
+    """Return what the block's modules make of x (B, H, W, C) and keep (B, 2).
+
+    Raises RuntimeError for a keep of another shape: kernels look at no bounds.
+    """
+    if keep is not None:
+        keep = keep.expand(x.shape[0], 2)
     if torch.is_grad_enabled():
         out: Tensor = _FusedBlock.apply(x, keep, plan, *weights)
         return out
@@ -188,7 +193,8 @@ def _forward(
     x1, normed, x1_stats = ops.add_norm(x_rows, branch, first, per, w.norm2_weight, w.norm2_bias, plan.eps)
     hidden = torch.addmm(w.fc1_bias, normed, w.fc1.t())
     branch = torch.addmm(w.fc2_bias, F.gelu(hidden), w.fc2.t())
-    out = ops.add_branch(x1, branch, second, per).view(x.shape)
+    # No view: what a node returns must be free to be changed in place, and FSDP2 warns of views.
+    out: Tensor = torch.ops.aten._unsafe_view(ops.add_branch(x1, branch, second, per), x.shape)
     if not save:
         return out, None
     return out, Kept(x_rows, x_stats, before, after, projected, states, y, y_stats, x1, x1_stats)

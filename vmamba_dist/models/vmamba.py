@@ -151,7 +151,7 @@ class Block(nn.Module):
         return self._branches(x, keep)
 
     def _branches(self, x: Tensor, keep: Tensor | None) -> Tensor:
-        if self._fuses(x):
+        if self._fuses(x, keep):
             backend = backend_for(self.op.scan_backend, x)
             plan = fused.Plan(LN_EPS, self.op.dt_rank, self.op.d_state, self.op.scan_pattern, backend)
             return fused.run(x, keep, plan, fused.weights_of(self))
@@ -160,17 +160,24 @@ class Block(nn.Module):
             x = x + _kept(self.mlp(self.norm2(x)), keep, 1)
         return x
 
-    def _fuses(self, x: Tensor) -> bool:
+    def _fuses(self, x: Tensor, keep: Tensor | None) -> bool:
         """Whether one node may stand for the modules: nobody has replaced one, or listens to it."""
         if self.fuse == "never" or (self.fuse == "auto" and not x.is_cuda) or torch.compiler.is_compiling():
             return False
-        if not self.has_mlp or self.op.gate or self.op.scan_pattern == "cascade" or x.numel() == 0:
+        if not self.has_mlp or type(self.mlp) is not Mlp or type(self.op) is not SS2D:
             return False
-        return all(
-            type(part) is kind
-            and not (part._forward_hooks or part._forward_pre_hooks or part._backward_hooks)
-            for part, kind in fused.parts_of(self)
-        )
+        if self.op.gate or self.op.scan_pattern == "cascade" or x.numel() == 0:
+            return False
+        if keep is not None and keep.requires_grad:  # the node gives it no gradient
+            return False
+        parts = [(self.mlp, Mlp), *fused.parts_of(self)]
+        return all(type(part) is kind and not _listened_to(part) for part, kind in parts)
+
+
+def _listened_to(part: nn.Module) -> bool:
+    return bool(
+        part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks
+    )
 
 
 def _kept(branch: Tensor, keep: Tensor | None, column: int) -> Tensor:

@@ -1,6 +1,7 @@
 """What a block keeps for its backward, and what the backward computes again.
 
-Law: recomputing changes no bit of a loss or a gradient. It is applied from outside, before compile and sharding, and
+Law: recomputing changes no bit of a loss or a gradient; but where blocks run as one node (on a GPU), selective composes
+them of their modules, which rounds otherwise. It is applied from outside, before compile and sharding, and
 runs inside the block's forward: the compiled block holds it, and a sharded block gathers its weights once for it and
 its backward.
 """
@@ -34,8 +35,11 @@ def apply_recompute(backbone: VMamba, policy: Literal["off", "block", "selective
         "selective": recompute_but_scans,
     }
     for block in backbone.blocks():
+        if policy == "selective":  # which looks for single operations
+            block.fuse = "never"
+        elif block.recompute is recompute_but_scans:
+            block.fuse = "auto"
         block.recompute = how[policy]
-        block.fuse = "never" if policy == "selective" else "auto"  # which looks for single operations
 
 
 def recompute_but_scans(branches: Branches, x: Tensor, keep: Tensor | None) -> Tensor:
