@@ -168,6 +168,8 @@ class Block(nn.Module):
             return False
         if self.op.gate or self.op.scan_pattern == "cascade" or x.numel() == 0:
             return False
+        if x.is_cuda and self.op.scan_backend == "torch":  # whoever asks for that wants no kernel of ours
+            return False
         if keep is not None and keep.requires_grad:  # the node gives it no gradient
             return False
         parts = [(self.mlp, Mlp), *fused.parts_of(self)]
