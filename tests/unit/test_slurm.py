@@ -20,6 +20,7 @@ from vmamba_dist.cluster.ledger import Line, fruitless_starts
 from vmamba_dist.cluster.requeue import Verdict, decide
 from vmamba_dist.config import ConfigError, load
 from vmamba_dist.config.schema import LaunchConfig
+from vmamba_dist.core import rundir
 from vmamba_dist.train.stopping import StopRequest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -159,6 +160,8 @@ def test_an_array_element_is_known_by_both_of_its_numbers() -> None:
         "SLURM_RESTART_COUNT": "2",
     }
     assert env.slurm_start(variables) == SlurmStart("14", "12_3", 2, "")
+    assert rundir.job_id(variables) == "12_3"  # what people give to scancel
+    assert rundir.job_id({"SLURM_JOB_ID": "14"}) == "14"
     assert env.slurm_start({"SLURM_JOB_ID": "14"}) == SlurmStart("14", "14", 0, "")
     assert env.slurm_start({}) is None
     assert (
