@@ -180,7 +180,8 @@ def test_auto_is_slurm_where_only_slurm_knows_what_is_asked() -> None:
 
 def test_a_limit_that_leaves_no_time_is_refused_with_the_numbers(tmp_path: Path) -> None:
     def plan(*words: str) -> None:
-        submit.for_slurm(submit.plan("submit", [f"run.dir={tmp_path}", "launch.cluster=slurm", *words]))
+        ours = [f"run.dir={tmp_path}", "data.train=elsewhere", "launch.cluster=slurm"]
+        submit.for_slurm(submit.plan("submit", [*ours, *words]))
 
     for words, says in (
         (
@@ -250,6 +251,7 @@ def test_a_dry_run_shows_the_script_and_writes_nothing(
 ) -> None:
     words = [
         f"run.dir={tmp_path / 'run'}",
+        "data.train=elsewhere",
         "launch.nodes=4",
         "launch.gpus_per_node=8",
         "launch.partition=gpu",
@@ -265,7 +267,7 @@ def test_a_dry_run_shows_the_script_and_writes_nothing(
     for part in (
         "4 nodes of Slurm, 8 processes each, 32 GPUs, 720 minutes a start",
         "30.25 M parameters",
-        f"memory   vmamba plan run.dir={tmp_path / 'run'} launch.nodes=4",
+        f"memory   vmamba plan run.dir={tmp_path / 'run'} data.train=elsewhere launch.nodes=4",
         " gpus=32 gpu=KIND\n",
         "#SBATCH --nodes=4\n",
         "#SBATCH --ntasks-per-node=8\n",
@@ -280,6 +282,24 @@ def test_a_dry_run_shows_the_script_and_writes_nothing(
         "trap vmamba_after EXIT",
     ):
         assert part in shown
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("word", "says"),
+    [
+        ("model.name=vmamba_tny", "model.name"),
+        ("data.train=''", "data.train is not set"),
+        ("data.image_size=50", "data.image_size=50"),
+        ("data.global_batch=20", "data.global_batch=20 does not divide over 16 ranks"),
+        ("parallel.shard_size=3", "parallel.shard_size=3 do not make up the 16 ranks"),
+    ],
+)
+def test_what_every_start_would_refuse_is_not_queued(tmp_path: Path, word: str, says: str) -> None:
+    words = [f"run.dir={tmp_path / 'run'}", "data.train=elsewhere", "parallel.engine=fsdp"]
+    words += ["launch.nodes=2", "launch.gpus_per_node=8"]
+    with pytest.raises(ConfigError, match=says):
+        submit.main([*words, word])
     assert not (tmp_path / "run").exists()
 
 

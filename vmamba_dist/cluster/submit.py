@@ -24,6 +24,7 @@ from vmamba_dist.cluster.follow import REQUEUE, stay_with, watch_slurm
 from vmamba_dist.cluster.job import TrainJob
 from vmamba_dist.config import Config, ConfigError, load, to_dict
 from vmamba_dist.config.schema import LaunchConfig
+from vmamba_dist.data.order import choose_accumulate
 from vmamba_dist.models import flops
 from vmamba_dist.models.variants import configured, describe
 
@@ -110,12 +111,23 @@ def for_slurm(intent: Plan) -> Plan:
     """
     config = intent.config
     executors.check_path(intent.run_dir)
+    _check_start(config)
     launch = config.launch
     if launch.time_limit_min is not None:
         _check_limit(launch.time_limit_min, launch.signal_delay_s, launch.partition)
     launch = replace(launch, cpus_per_task=launch.cpus_per_task or 1 + config.data.workers)
     run = replace(config.run, dir=str(intent.run_dir))
     return replace(intent, config=replace(config, run=run, launch=launch))
+
+
+def _check_start(config: Config) -> None:
+    """Refuse what every start would refuse, after hours in the queue. The shards may be on other machines: not read."""
+    _model(config)
+    if not config.data.train:
+        raise ConfigError("data.train is not set: give shards, as `vmamba shards pack` makes them")
+    world = config.launch.nodes * config.launch.tasks
+    config.parallel.copies_and_shards(world)
+    choose_accumulate(config.data.global_batch, world, config.parallel.micro_batch)
 
 
 def _check_limit(limit: int, signal_delay_s: int, partition: str) -> None:
