@@ -40,7 +40,7 @@ VERBS = {
         "train on this machine, with launch.tasks_per_node processes",
     ),
     "submit": Verb(
-        "vmamba_dist.cluster.submit:main",
+        "vmamba_dist.scaling.submit:main",
         "config=FILE [key=value …] [--dry-run] [--follow]",
         "start the same run as a job, here and shown, or on Slurm",
     ),

@@ -267,8 +267,6 @@ def test_a_dry_run_shows_the_script_and_writes_nothing(
     for part in (
         "4 nodes of Slurm, 8 processes each, 32 GPUs, 720 minutes a start",
         "30.25 M parameters",
-        f"memory   vmamba plan run.dir={tmp_path / 'run'} data.train=elsewhere launch.nodes=4",
-        " gpus=32 gpu=KIND\n",
         "#SBATCH --nodes=4\n",
         "#SBATCH --ntasks-per-node=8\n",
         "#SBATCH --gpus-per-node=8\n",

@@ -11,7 +11,7 @@ import os
 import shlex
 import shutil
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -53,14 +53,14 @@ class Plan:
     def job_folder(self) -> Path:
         return self.run_dir / "slurm"
 
-    def text(self) -> str:
-        """The plan for people: where, how many, and each value that is not a default."""
+    def text(self, estimate: Mapping[str, str] | None = None) -> str:
+        """The plan for people: where, how many, and each value that is not a default; lines of `estimate` go before."""
         head = {
             "run": str(self.run_dir),
             "where": _where(self.config.launch),
             "model": _model(self.config),
-            **_memory(self.config.launch, self.command),
             "steps": f"{_budget(self.config)} in steps of {self.config.data.global_batch} samples",
+            **(estimate or {}),
             "logs": f"{self.job_folder}/START/",
             "command": self.command,
         }
@@ -81,8 +81,11 @@ def plan(verb: str, words: Sequence[str]) -> Plan:
     return intent
 
 
-def main(words: Sequence[str]) -> int:
-    """Run `submit` with the words of its command line; return the job's exit code, 0 where nobody stays with it."""
+def main(words: Sequence[str], *, estimate: Callable[[Config], Mapping[str, str]] | None = None) -> int:
+    """Run `submit` with the words of its command line; return the job's exit code, 0 where nobody stays with it.
+
+    estimate: what a room above this one knows of a config, as lines of the plan by name.
+    """
     flags = {"--dry-run", "--follow"} & set(words)
     intent = plan("submit", [word for word in words if word not in flags])
     launch = intent.config.launch
@@ -90,7 +93,7 @@ def main(words: Sequence[str]) -> int:
     if launch.on_slurm:
         intent = for_slurm(intent)
     if "--dry-run" in flags:
-        print(intent.text())
+        print(intent.text(estimate(intent.config) if estimate else None))
         if launch.on_slurm:
             executor = slurm_executor(
                 intent.job_folder / "START", intent.config.launch, code=intent.code / "CODE"
@@ -169,14 +172,6 @@ def _where(launch: LaunchConfig) -> str:
     gpus = f", {launch.nodes * launch.gpus_per_node} GPUs" if launch.gpus_per_node else ""
     limit = f", {launch.time_limit_min} minutes a start" if launch.time_limit_min else ""
     return f"{nodes} of Slurm, {_processes(launch.tasks)} each{gpus}{limit}"
-
-
-def _memory(launch: LaunchConfig, command: str) -> dict[str, str]:
-    """The command that says what a GPU would hold: a room above this one knows."""
-    if not launch.on_slurm or not launch.gpus_per_node:
-        return {}
-    words = command.removeprefix("vmamba submit ")
-    return {"memory": f"vmamba plan {words} gpus={launch.nodes * launch.gpus_per_node} gpu=KIND"}
 
 
 def _processes(count: int) -> str:
