@@ -9,7 +9,6 @@ from __future__ import annotations
 import fcntl
 import os
 import shlex
-import shutil
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -258,11 +257,7 @@ def run_on_slurm(intent: Plan, *, follow: bool) -> int:
     since = log.stat().st_size if log.exists() else 0
     code = snapshot.take(intent.code)
     work = TrainJob(to_dict(intent.config), command=f"cd {shlex.quote(str(Path.cwd()))} && {intent.command}")
-    try:
-        (job,) = executors.submit(slurm_executor(folder, launch, code=code), [work])
-    except ConfigError:
-        shutil.rmtree(folder, ignore_errors=True)  # a job's files without a job
-        raise
+    (job,) = executors.submit(slurm_executor(folder, launch, code=code), [work])
     told = {
         "job": f"{job.job_id}, {launch.name}: {_where(launch)}",
         "run": str(intent.run_dir),
