@@ -318,7 +318,7 @@ def test_a_preset_lies_below_the_config_and_the_command_line(tmp_path: Path) -> 
     preset.write_text("launch: {partition: gpu}\noptim: {lr: 1}\n")
     for word, says in (
         (str(preset), "sets optim; a preset sets launch"),
-        ("nowhere", "launch.preset=nowhere: .*cluster/cpu"),
+        ("nowhere", "launch.preset=nowhere: .*one of a100x4, cpu, h100x8$"),
     ):
         with pytest.raises(ConfigError, match=says):
             load([f"launch.preset={word}"])
