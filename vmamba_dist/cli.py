@@ -133,6 +133,15 @@ def guarded(function: Callable[[Sequence[str]], int], words: Sequence[str]) -> i
         return 141
 
 
+def script(function: Callable[[Sequence[str]], int], usage: str | None) -> int:
+    """Call a command's function with this process's words, as a script does; --help prints `usage`."""
+    words = sys.argv[1:]
+    if {"-h", "--help"} & set(words):
+        print(usage)
+        return 0
+    return guarded(function, words)
+
+
 def main() -> int:
     return guarded(run, sys.argv[1:])
 

@@ -121,7 +121,7 @@ def test_an_element_that_is_requeued_goes_on(words: list[str], tmp_path: Path) -
     lab.wait_until(lambda: len(attempts(run)) == 2, "a second start")
     jobs = status.queue()
     looked = status.record(run, jobs)
-    assert (looked.state, looked.job) == ("running", status.job_of(run))  # ARRAY_1, not the number of the whole array
+    assert (looked.state, looked.job) == ("running", status.job_of(run))  # not the whole array's number
     done = subprocess.run([*command, "--follow"], capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "arrays" not in done.stdout  # nothing was queued anew

@@ -124,3 +124,11 @@ def test_shards_pack_verify_show(tmp_path: Path, capsys: pytest.CaptureFixture[s
     damaged.write_bytes(damaged.read_bytes()[:-20000])
     assert cli.run(["shards", "verify", str(folder)]) == 1
     assert damaged.name in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["submit", "sweep", "status"])
+def test_a_script_says_what_it_takes(name: str) -> None:
+    line = [sys.executable, str(ROOT / "launch" / f"{name}.py"), "--help"]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"python launch/{name}.py" in done.stdout
