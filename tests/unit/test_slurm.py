@@ -16,9 +16,10 @@ import pytest
 from vmamba_dist.cluster import env, ledger, slurm, snapshot, submit
 from vmamba_dist.cluster.env import SlurmStart
 from vmamba_dist.cluster.executors import slurm_executor
+from vmamba_dist.cluster.job import TrainJob
 from vmamba_dist.cluster.ledger import Line, fruitless_starts
-from vmamba_dist.cluster.requeue import Verdict, decide
-from vmamba_dist.config import ConfigError, load
+from vmamba_dist.cluster.requeue import Start, Verdict, begin, decide
+from vmamba_dist.config import ConfigError, load, to_dict
 from vmamba_dist.config.schema import LaunchConfig
 from vmamba_dist.core import rundir
 from vmamba_dist.train.stopping import StopRequest
@@ -150,6 +151,16 @@ def test_a_signal_that_came_while_it_was_blocked_is_handled_by_the_trainer() -> 
     finally:
         signal.signal(signal.SIGUSR2, before)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR2])
+
+
+def test_starts_of_jobs_submitted_anew_count(tmp_path: Path) -> None:
+    """Where requeueing is forbidden, each start is a job's first, as Slurm sees it."""
+    words = [f"run.dir={tmp_path}", "launch.max_requeues=1"]
+    job = TrainJob(to_dict(load(words)))
+    for number, code in (("14", 0), ("15", 0), ("16", 1)):
+        start = Start(SlurmStart(number, number, 0, "node1"), tmp_path / "slurm" / "submission", job)
+        assert begin(start) == code
+    assert start.restarts == 2
 
 
 def test_an_array_element_is_known_by_both_of_its_numbers() -> None:
