@@ -153,6 +153,21 @@ def test_a_signal_that_came_while_it_was_blocked_is_handled_by_the_trainer() -> 
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR2])
 
 
+def test_a_question_that_dies_is_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without an answer a cancelled job would be taken for one that nobody has ended, and go on."""
+    program = tmp_path / "scontrol"
+    answer = "JobId=7 JobName=a\n   JobState=CANCELLED Reason=None\n"
+    program.write_text(
+        f"#!/bin/sh\n[ -e '{tmp_path}/asked' ] || {{ : >'{tmp_path}/asked'; kill -PIPE $$; }}\necho '{answer}'"
+    )
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    state = slurm.job_state("7")
+    assert (tmp_path / "asked").exists()
+    assert state is not None
+    assert state.state == "CANCELLED"
+
+
 def test_starts_of_jobs_submitted_anew_count(tmp_path: Path) -> None:
     """Where requeueing is forbidden, each start is a job's first, as Slurm sees it."""
     words = [f"run.dir={tmp_path}", "launch.max_requeues=1"]
