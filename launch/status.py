@@ -2,8 +2,8 @@
 
 import sys
 
-from vmamba_dist.cli import guarded
+from vmamba_dist.cli import script
 from vmamba_dist.cluster.status import main
 
 if __name__ == "__main__":
-    sys.exit(guarded(main, sys.argv[1:]))
+    sys.exit(script(main, __doc__))

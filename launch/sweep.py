@@ -1,9 +1,9 @@
-"""Run many points: python launch/sweep.py config=configs/quickstart.yaml sweep.optim.lr=[1e-3,4e-3] [--dry-run]."""
+"""Run many points: python launch/sweep.py config=FILE sweep.KEY=[VALUE,…] … [--dry-run] [--follow]; docs/sweeps.md."""
 
 import sys
 
-from vmamba_dist.cli import guarded
+from vmamba_dist.cli import script
 from vmamba_dist.cluster.sweep import main
 
 if __name__ == "__main__":
-    sys.exit(guarded(main, sys.argv[1:]))
+    sys.exit(script(main, __doc__))

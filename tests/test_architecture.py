@@ -145,7 +145,7 @@ def test_no_path_of_one_machine_is_written_down() -> None:
 
 def test_the_command_line_loads_no_torch() -> None:
     code = (
-        "import sys, vmamba_dist.cli, vmamba_dist.doctor, vmamba_dist.cluster.submit, vmamba_dist.cluster.local\n"
+        "import sys, vmamba_dist.cli, vmamba_dist.doctor, vmamba_dist.scaling.submit, vmamba_dist.cluster.local\n"
         "heavy = {'torch', 'torchvision', 'triton', 'deepspeed', 'timm', 'sklearn'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )

@@ -40,7 +40,7 @@ VERBS = {
         "train on this machine, with launch.tasks_per_node processes",
     ),
     "submit": Verb(
-        "vmamba_dist.cluster.submit:main",
+        "vmamba_dist.scaling.submit:main",
         "config=FILE [key=value …] [--dry-run] [--follow]",
         "start the same run as a job, here and shown, or on Slurm",
     ),
@@ -131,6 +131,15 @@ def guarded(function: Callable[[Sequence[str]], int], words: Sequence[str]) -> i
     except BrokenPipeError:  # the reader, `head` perhaps, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+
+
+def script(function: Callable[[Sequence[str]], int], usage: str | None) -> int:
+    """Call a command's function with this process's words, as a script does; --help prints `usage`."""
+    words = sys.argv[1:]
+    if {"-h", "--help"} & set(words):
+        print(usage)
+        return 0
+    return guarded(function, words)
 
 
 def main() -> int:

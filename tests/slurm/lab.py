@@ -46,7 +46,14 @@ def cluster(*words: str, check: bool = True) -> subprocess.CompletedProcess[str]
 
 
 def slurm(*line: str) -> str:
-    return subprocess.run(line, capture_output=True, text=True, timeout=60, check=True).stdout
+    done = subprocess.run(line, capture_output=True, text=True, timeout=60, check=False)
+    if done.returncode == -signal.SIGPIPE and line[:2] == (
+        "scontrol",
+        "show",
+    ):  # seen where the machine is busy
+        return slurm(*line)
+    assert done.returncode == 0, f"{line}: exit code {done.returncode}: {done.stderr}"
+    return done.stdout
 
 
 def wait_until(condition: Callable[[], Any], what: str, limit_s: float = START_S) -> Any:

@@ -120,7 +120,8 @@ def test_an_element_that_is_requeued_goes_on(words: list[str], tmp_path: Path) -
     lab.slurm("scontrol", "requeue", status.job_of(run))
     lab.wait_until(lambda: len(attempts(run)) == 2, "a second start")
     jobs = status.queue()
-    assert status.record(run, jobs).state == "running"
+    looked = status.record(run, jobs)
+    assert (looked.state, looked.job) == ("running", status.job_of(run))  # not the whole array's number
     done = subprocess.run([*command, "--follow"], capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "arrays" not in done.stdout  # nothing was queued anew
@@ -138,4 +139,4 @@ def test_what_slurm_refuses_is_one_line_with_nothing_queued(words: list[str], tm
     assert "invalid partition specified: nowhere" in done.stderr
     assert len(done.stderr.splitlines()) == 1
     assert lab.slurm("squeue", "-h") == ""
-    assert not list((tmp_path / "sweep" / "slurm").iterdir())
+    assert not (tmp_path / "sweep" / "slurm").exists()

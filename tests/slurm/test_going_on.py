@@ -77,7 +77,6 @@ def test_signals_in_the_first_second_and_while_a_start_still_loads(
 
 def test_requeued_from_outside(words: list[str], whole: Job, tmp_path: Path) -> None:
     job = submit(words, tmp_path / "run")
-    job.await_step(9)
     with job.frozen(9):
         newest = job.saved[-1]
         lab.slurm("scontrol", "requeue", job.id)  # SIGCONT and SIGTERM to all, SIGKILL later

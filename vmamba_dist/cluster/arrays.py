@@ -7,7 +7,6 @@ Points that begin in others' checkpoints are queued at once too, as an array tha
 from __future__ import annotations
 
 import shlex
-import shutil
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +16,7 @@ from vmamba_dist.cluster.executors import slurm_executor
 from vmamba_dist.cluster.job import TrainJob
 from vmamba_dist.cluster.points import Planned, Sweep, checkpoint_of, write
 from vmamba_dist.cluster.submit import Plan, for_slurm, start_name
-from vmamba_dist.config import ConfigError, to_dict
+from vmamba_dist.config import to_dict
 from vmamba_dist.config.schema import LaunchConfig
 
 
@@ -64,11 +63,7 @@ def _queue(sweep: Sweep, points: Sequence[Planned], code: Path, after: Sequence[
     executor = slurm_executor(folder, _shared(plans), code=code, parallelism=sweep.parallel)
     if after:
         executor.update_parameters(dependency=f"afterany:{':'.join(after)}")
-    try:
-        jobs = executors.submit(executor, works)
-    except ConfigError:
-        shutil.rmtree(folder, ignore_errors=True)  # jobs' files without jobs
-        raise
+    jobs = executors.submit(executor, works)
     for one, job in zip(points, jobs, strict=True):
         sweep.file(one, "json").unlink(missing_ok=True)
         write(sweep.file(one, "job"), f"{job.job_id}\n")

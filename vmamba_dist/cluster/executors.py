@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, redirect_stderr, suppress
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -90,7 +91,20 @@ def slurm_executor(
 
 
 def submit(executor: SlurmExecutor, jobs: Sequence[Callable[[], Any]]) -> list[submitit.Job[Any]]:
-    """Queue one job, or several as an array. Raises ConfigError with Slurm's own words where it refuses."""
+    """Queue one job, or several as an array.
+
+    Raises ConfigError with Slurm's own words where it refuses; then nothing of them is left, on the disk neither.
+    """
+    try:
+        return _submit(executor, jobs)
+    except ConfigError:
+        shutil.rmtree(executor.folder, ignore_errors=True)
+        with suppress(OSError):  # not empty, or never made
+            executor.folder.parent.rmdir()  # RUN/slurm alone would look like a run
+        raise
+
+
+def _submit(executor: SlurmExecutor, jobs: Sequence[Callable[[], Any]]) -> list[submitit.Job[Any]]:
     if slurm.call(["sbatch", "--version"]) is None:
         raise ConfigError(
             "launch.cluster=slurm: there is no sbatch on this machine; use a login node, or local"

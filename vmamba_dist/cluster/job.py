@@ -121,7 +121,7 @@ class TrainJob:
         except RunBusy as error:
             owner = last_attempt(self.config["run"]["dir"])
             if (
-                owner is not None and owner.job == start.job
+                owner is not None and owner.job == start.key
             ):  # the last ranks of an earlier start: they end soon
                 return "failed", str(error)
             return "misused", str(error)

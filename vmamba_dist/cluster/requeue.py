@@ -132,6 +132,12 @@ class Start:
         return next((line for line in self.lines() if (line.event, line.job, line.restart) == ours), None)
 
     @property
+    def restarts(self) -> int:
+        """Starts before this one; Slurm does not count those of jobs that this one was submitted anew from."""
+        begun = sum(line.event == "begin" for line in self.lines())
+        return max(self.slurm.restart, begun - 1)
+
+    @property
     def ranks(self) -> range:
         launch = self.job.config["launch"]
         return range(launch["nodes"] * (launch["tasks_per_node"] or launch["gpus_per_node"] or 1))
@@ -160,7 +166,7 @@ def begin(start: Start) -> int:
     lines = start.lines()
     start.note("begin", nodes=start.slurm.nodes)
     most = start.job.config["launch"]["max_requeues"]
-    if most is not None and start.slurm.restart > most:
+    if most is not None and start.restarts > most:
         return 1
     return int(fruitless_starts(lines, start.step) >= FRUITLESS)
 
@@ -187,7 +193,7 @@ def end(start: Start, code: int) -> int:
         read_outcomes(start),
         state,
         fruitless_starts(start.lines(), start.step),
-        start.slurm.restart,
+        start.restarts,
         start.job.config["launch"]["max_requeues"],
         slurm_requeues=state is None or not state.preempted or slurm.preemption_requeues(state.partition),
     )

@@ -54,7 +54,10 @@ class JobState:
 
 def job_state(job: str) -> JobState | None:
     """The state of a job or of an array's element; None where Slurm does not know it, or no longer."""
-    told = call(["scontrol", "show", "job", job])
+    question = ["scontrol", "show", "job", job]
+    told = call(question)
+    if told is not None and told.returncode < 0:  # it died of SIGPIPE, as seen where the controller is busy
+        told = call(question)
     return parse_job(told.stdout) if told is not None and told.returncode == 0 else None
 
 

@@ -9,9 +9,8 @@ from __future__ import annotations
 import fcntl
 import os
 import shlex
-import shutil
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -24,6 +23,7 @@ from vmamba_dist.cluster.follow import REQUEUE, stay_with, watch_slurm
 from vmamba_dist.cluster.job import TrainJob
 from vmamba_dist.config import Config, ConfigError, load, to_dict
 from vmamba_dist.config.schema import LaunchConfig
+from vmamba_dist.data.order import choose_accumulate
 from vmamba_dist.models import flops
 from vmamba_dist.models.variants import configured, describe
 
@@ -52,14 +52,14 @@ class Plan:
     def job_folder(self) -> Path:
         return self.run_dir / "slurm"
 
-    def text(self) -> str:
-        """The plan for people: where, how many, and each value that is not a default."""
+    def text(self, estimate: Mapping[str, str] | None = None) -> str:
+        """The plan for people: where, how many, and each value that is not a default; lines of `estimate` go before."""
         head = {
             "run": str(self.run_dir),
             "where": _where(self.config.launch),
             "model": _model(self.config),
-            **_memory(self.config.launch, self.command),
             "steps": f"{_budget(self.config)} in steps of {self.config.data.global_batch} samples",
+            **(estimate or {}),
             "logs": f"{self.job_folder}/START/",
             "command": self.command,
         }
@@ -80,8 +80,11 @@ def plan(verb: str, words: Sequence[str]) -> Plan:
     return intent
 
 
-def main(words: Sequence[str]) -> int:
-    """Run `submit` with the words of its command line; return the job's exit code, 0 where nobody stays with it."""
+def main(words: Sequence[str], *, estimate: Callable[[Config], Mapping[str, str]] | None = None) -> int:
+    """Run `submit` with the words of its command line; return the job's exit code, 0 where nobody stays with it.
+
+    estimate: what a room above this one knows of a config, as lines of the plan by name.
+    """
     flags = {"--dry-run", "--follow"} & set(words)
     intent = plan("submit", [word for word in words if word not in flags])
     launch = intent.config.launch
@@ -89,7 +92,7 @@ def main(words: Sequence[str]) -> int:
     if launch.on_slurm:
         intent = for_slurm(intent)
     if "--dry-run" in flags:
-        print(intent.text())
+        print(intent.text(estimate(intent.config) if estimate else None))
         if launch.on_slurm:
             executor = slurm_executor(
                 intent.job_folder / "START", intent.config.launch, code=intent.code / "CODE"
@@ -110,12 +113,23 @@ def for_slurm(intent: Plan) -> Plan:
     """
     config = intent.config
     executors.check_path(intent.run_dir)
+    _check_start(config)
     launch = config.launch
     if launch.time_limit_min is not None:
         _check_limit(launch.time_limit_min, launch.signal_delay_s, launch.partition)
     launch = replace(launch, cpus_per_task=launch.cpus_per_task or 1 + config.data.workers)
     run = replace(config.run, dir=str(intent.run_dir))
     return replace(intent, config=replace(config, run=run, launch=launch))
+
+
+def _check_start(config: Config) -> None:
+    """Refuse what every start would refuse, after hours in the queue. The shards may be on other machines: not read."""
+    _model(config)
+    if not config.data.train:
+        raise ConfigError("data.train is not set: give shards, as `vmamba shards pack` makes them")
+    world = config.launch.nodes * config.launch.tasks
+    config.parallel.copies_and_shards(world)
+    choose_accumulate(config.data.global_batch, world, config.parallel.micro_batch)
 
 
 def _check_limit(limit: int, signal_delay_s: int, partition: str) -> None:
@@ -157,14 +171,6 @@ def _where(launch: LaunchConfig) -> str:
     gpus = f", {launch.nodes * launch.gpus_per_node} GPUs" if launch.gpus_per_node else ""
     limit = f", {launch.time_limit_min} minutes a start" if launch.time_limit_min else ""
     return f"{nodes} of Slurm, {_processes(launch.tasks)} each{gpus}{limit}"
-
-
-def _memory(launch: LaunchConfig, command: str) -> dict[str, str]:
-    """The command that says what a GPU would hold: a room above this one knows."""
-    if not launch.on_slurm or not launch.gpus_per_node:
-        return {}
-    words = command.removeprefix("vmamba submit ")
-    return {"memory": f"vmamba plan {words} gpus={launch.nodes * launch.gpus_per_node} gpu=KIND"}
 
 
 def _processes(count: int) -> str:
@@ -251,11 +257,7 @@ def run_on_slurm(intent: Plan, *, follow: bool) -> int:
     since = log.stat().st_size if log.exists() else 0
     code = snapshot.take(intent.code)
     work = TrainJob(to_dict(intent.config), command=f"cd {shlex.quote(str(Path.cwd()))} && {intent.command}")
-    try:
-        (job,) = executors.submit(slurm_executor(folder, launch, code=code), [work])
-    except ConfigError:
-        shutil.rmtree(folder, ignore_errors=True)  # a job's files without a job
-        raise
+    (job,) = executors.submit(slurm_executor(folder, launch, code=code), [work])
     told = {
         "job": f"{job.job_id}, {launch.name}: {_where(launch)}",
         "run": str(intent.run_dir),

@@ -23,6 +23,7 @@ from vmamba_dist.config.addresses import WHERE, is_secret, redact
 from vmamba_dist.config.schema import Config, ConfigError
 
 _PACKAGE = Path(__file__).resolve().parent.parent
+_SHIPPED = (_PACKAGE.parent / "configs", _PACKAGE / "configs")  # in a checkout; in a wheel
 _BESIDE = {
     "sweep": "python launch/sweep.py and vmamba study run",
     "search": "vmamba search",
@@ -34,13 +35,12 @@ def find_config(name: str) -> Path:
 
     Raises ConfigError listing what there is.
     """
-    folders = [_PACKAGE.parent / "configs", _PACKAGE / "configs"]
     relative = name.removeprefix("configs/")
-    candidates = [Path(name), *(folder / relative for folder in folders)]
+    candidates = [Path(name), *(folder / relative for folder in _SHIPPED)]
     for path in candidates:
         if path.is_file():
             return path
-    known = sorted({str(f.relative_to(d)) for d in folders if d.is_dir() for f in d.rglob("*.yaml")})
+    known = sorted({str(f.relative_to(d)) for d in _SHIPPED if d.is_dir() for f in d.rglob("*.yaml")})
     raise ConfigError(f"config={name}: no such file; shipped configs: {', '.join(known) or 'none'}")
 
 
@@ -128,8 +128,13 @@ def _preset(name: str) -> Any:
     file = name if name.endswith(".yaml") else f"cluster/{name}.yaml"
     try:
         path = find_config(file)
-    except ConfigError as error:
-        raise ConfigError(f"launch.preset={name}: {str(error).partition(': ')[2]}") from None
+    except ConfigError:
+        known = ", ".join(
+            sorted({path.stem for folder in _SHIPPED for path in folder.glob("cluster/*.yaml")})
+        )
+        raise ConfigError(
+            f"launch.preset={name}: no such file; give a path that ends in .yaml, or one of {known or 'none'}"
+        ) from None
     found = OmegaConf.load(path)
     strangers = sorted(str(key) for key in found if key != "launch")
     if strangers:

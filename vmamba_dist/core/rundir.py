@@ -175,7 +175,13 @@ def last_attempt(path: str | Path) -> Attempt | None:
 
 
 def job_id(environ: Mapping[str, str] = os.environ) -> str:
-    """Return the id of the Slurm or local submitit job that this process belongs to, or ""."""
+    """Return the id of the Slurm or local submitit job that this process belongs to, or "".
+
+    An array's element is ARRAY_INDEX: the last element's own number is that of the array, and would cancel them all.
+    """
+    array, index = environ.get("SLURM_ARRAY_JOB_ID"), environ.get("SLURM_ARRAY_TASK_ID")
+    if array and index:
+        return f"{array}_{index}"
     return environ.get("SLURM_JOB_ID") or environ.get("SUBMITIT_LOCAL_JOB_ID") or ""
 
 

@@ -101,7 +101,7 @@ def ask(words: Sequence[str]) -> Question:
     node = _whole("node", own.get("node", str(cfg.launch.gpus_per_node or 8)))
     network = _positive("network", own.get("network", "50"))
     price = _positive("price", own["price"]) if "price" in own else None
-    samples, classes, told = _data(cfg)
+    samples, classes, told = samples_and_classes(cfg)
     if "samples" in own:
         samples, told = _whole("samples", own["samples"]), "as told"
     job = Job(cfg, gpus, gpu_named(own["gpu"]), cfg.model.num_classes or classes)
@@ -284,8 +284,8 @@ def _launches(job: Job) -> list[str]:
     return [f"the host launches a block's forward and backward in these ms, assumed and not measured: {each}"]
 
 
-def _data(cfg: Config) -> tuple[int, int, str]:
-    """Samples and classes of the training split, from its index where that is on this machine."""
+def samples_and_classes(cfg: Config) -> tuple[int, int, str]:
+    """Samples and classes of the training split, from its index where that is on this machine, and which it was."""
     train = cfg.data.train if isinstance(cfg.data.train, str) else ""  # a mixture has no one index
     info = Path(train) / "_info.json"
     if not train or not info.is_file():
