@@ -30,7 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vmamba_dist.config.schema import ConfigError
-from vmamba_dist.data.index import EVAL_SPLITS, INFO, Index, Offsets, Shard, read_index
+from vmamba_dist.data.index import EVAL_SPLITS, INFO, Index, Offsets, Shard, inside, read_index
 from vmamba_dist.data.sources import BLOCK, LocalSource, local_path
 
 log = logging.getLogger(__name__)
@@ -191,7 +191,7 @@ class ShardTable(Sequence[Shard]):
         """Return a shard's name. Raises ConfigError for one that leads out of the set's folder."""
         begin = int(self._ends[i - 1]) if i else 0
         name = self._names[begin : int(self._ends[i])].tobytes().decode()
-        if Path(name).is_absolute() or ".." in Path(name).parts:
+        if not inside(name):
             raise ConfigError(f"a sidecar names a shard outside its folder: {name!r}")
         return name
 
