@@ -34,6 +34,7 @@ from vmamba_dist.config.addresses import redact
 from vmamba_dist.config.schema import ConfigError, DataConfig
 from vmamba_dist.data.cache import Cache, CachedSource, Entry
 from vmamba_dist.data.index import (
+    EVAL_SPLITS,
     INFO,
     PACKING,
     Index,
@@ -53,7 +54,7 @@ from vmamba_dist.data.writer import labels_cluster
 log = logging.getLogger(__name__)
 
 _MOST_SHARDS = 10_000_000  # of a pattern: a slip like {0..99999999999} is told before it fills the memory
-_SPLITS = ("train", "validation", "val", "test")
+_SPLITS = ("train", *EVAL_SPLITS)
 _Part = TypeVar("_Part")
 _Result = TypeVar("_Result")
 
