@@ -128,7 +128,6 @@ def test_weights_load_at_another_resolution() -> None:
             assert torch.equal(model(images), trained(images))
 
 
-@pytest.mark.slow
 def test_a_fine_tune_starts_from_weights_of_another_resolution(tmp_path: Path) -> None:
     """The shipped config, made small: 32 px weights of a run, by way of safetensors, then steps at 64 px."""
     images = make_set(tmp_path / "images", count=64, num_classes=7)
