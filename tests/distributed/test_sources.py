@@ -82,7 +82,7 @@ def test_a_mixture_trains_alike_at_every_world_size(sets: Path, tmp_path: Path) 
         assert train(alone) == "finished"
         both = small(mixture, tmp_path / "both")
         assert train([*both, "run.max_steps=6"]) == "paused"
-        assert set(world(2).run(train, both)) == {"finished"}
+        assert set(world(2).run(train, both, timeout_s=240)) == {"finished"}
     one, two = metrics(tmp_path / "alone"), metrics(tmp_path / "both")
     assert [line["step"] for line in one] == [line["step"] for line in two] == list(range(1, 21))
     for a, b in zip(one, two, strict=True):

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vmamba_dist.checkpoint.chunks import Chunk, Staging, deal, held, whole
@@ -12,6 +12,7 @@ from vmamba_dist.checkpoint.chunks import Chunk, Staging, deal, held, whole
 FLOAT = torch.float32
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.tuples(st.integers(0, 40), st.sets(st.integers(0, 4), min_size=1)), max_size=30),
     st.integers(0, 4),

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vmamba_dist.checkpoint import command, store
@@ -74,6 +74,7 @@ def test_a_manifest_may_hold_what_json_changes(tmp_path: Path) -> None:
     assert read.metrics == {"loss": math.inf}
 
 
+@settings(deadline=None)
 @given(data=st.data())
 def test_every_flipped_bit_is_found(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     path = make(tmp_path_factory.mktemp("flip"), 7)
@@ -150,6 +151,7 @@ def test_only_names_of_ours_are_listed(tmp_path: Path) -> None:
     assert [store.step_of(p) for p in store.list_checkpoints(tmp_path)] == [9, 1000, 12345678901]
 
 
+@settings(deadline=None)
 @given(st.integers(1, 9), st.integers(0, 30))
 def test_ranks_share_the_files_each_exactly_once(size: int, files: int) -> None:
     manifest = Manifest(meta(1), {f"f{i}": store.FileRecord(i * i, "") for i in range(files)})

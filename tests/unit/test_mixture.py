@@ -120,6 +120,7 @@ def test_a_mixture_of_one_is_as_long_as_its_source() -> None:
     assert sorted(order.locate(p) for p in range(60)) == sorted(plain.locate(p) for p in range(60))
 
 
+@settings(deadline=None)
 @given(st.integers(0, 500), st.lists(st.integers(1, 100), min_size=1, max_size=9))
 def test_shares_are_whole_numbers_within_one(total: int, weights: list[int]) -> None:
     shares = [weight / sum(weights) for weight in weights]

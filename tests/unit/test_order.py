@@ -44,6 +44,7 @@ def shares(draw: st.DrawFn) -> tuple[int, int, int, int]:
     return 2 * world * accumulate * draw(st.integers(1, 5)), world, draw(st.integers(1, 5)), accumulate
 
 
+@settings(deadline=None)
 @given(epochs())
 def test_every_position_is_another_sample_and_all_are_there(order: EpochOrder) -> None:
     places = sorted(order.locate(p) for p in range(order.num_samples))
@@ -51,6 +52,7 @@ def test_every_position_is_another_sample_and_all_are_there(order: EpochOrder) -
     assert places == [(shard, i) for shard, count in enumerate(counts) for i in range(count)]
 
 
+@settings(deadline=None)
 @given(epochs())
 def test_a_lane_is_one_contiguous_piece_of_the_permuted_shards(order: EpochOrder) -> None:
     longer = order.num_samples % order.lanes
@@ -69,6 +71,7 @@ def test_a_lane_is_one_contiguous_piece_of_the_permuted_shards(order: EpochOrder
             assert read == [lying[slot] for slot in slots]
 
 
+@settings(deadline=None)
 @given(shares(), st.integers(0, 50))
 def test_ranks_and_workers_split_an_update_and_keep_pairs(
     share: tuple[int, int, int, int], step: int
@@ -92,7 +95,7 @@ def test_ranks_and_workers_split_an_update_and_keep_pairs(
 
 
 @given(epochs(), st.data())
-@settings(max_examples=40)
+@settings(max_examples=40, deadline=None)
 def test_resume_at_any_step_and_world_equals_the_tail(order: EpochOrder, data: st.DataObject) -> None:
     pairs = order.num_samples // 2
     batch = 2 * data.draw(st.integers(1, min(pairs, 24)))
@@ -118,6 +121,7 @@ def test_resume_at_any_step_and_world_equals_the_tail(order: EpochOrder, data: s
         assert resumed == whole[number:]
 
 
+@settings(deadline=None)
 @given(
     st.integers(1, 9),
     st.lists(st.tuples(st.integers(0, 30), st.integers(0, 30)), max_size=4),
@@ -182,6 +186,7 @@ def test_lanes_follow_the_rule(samples: int, mean_bytes: float, world: int, work
     assert chosen == lanes
 
 
+@settings(deadline=None)
 @given(
     st.integers(2, 10**7),
     st.floats(1, 1e6),
@@ -232,6 +237,7 @@ def test_impossible_batches_are_refused_with_the_numbers(
         assert word in str(error.value)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 16), st.integers(1, 60), st.integers(2, 64) | st.none())
 def test_accumulation_is_the_least_that_fits(world: int, pairs: int, most: int | None) -> None:
     batch = 2 * world * pairs

@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import logging
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import threading
 import time
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from itertools import islice, pairwise
 from pathlib import Path
 
+import boto3
 import pytest
 import torch
+from botocore.credentials import RefreshableCredentials
 
 from servers import BUCKET, KEY_ID, SECRET, Shelf, s3, shelf, upload
-from shardsets import make_set, members, picture
+from shardsets import make_set, members, picture, write_images
 from vmamba_dist.config.schema import AugmentConfig, ConfigError, DataConfig, EvalConfig, S3Config
-from vmamba_dist.data import remote, sets
+from vmamba_dist.data import remote, sets, sidecar
 from vmamba_dist.data.batch import Batch
+from vmamba_dist.data.s3 import S3
 from vmamba_dist.data.sets import open_set, split_of
 from vmamba_dist.data.shards import Index, pack, read_index, verify
 from vmamba_dist.data.sources import SourceError
@@ -175,6 +181,30 @@ def test_an_index_is_kept_beside_the_shards_when_asked(folder: Path, server: She
             ConfigError, match=r"data\.keep_index=beside needs a folder or s3://bucket/prefix"
         ):
             open_set(address, "train", data=asked, keep=tmp_path / "k3")
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+@pytest.mark.parametrize("way", ["folder", "sidecar", "web", "pattern", "bare"])
+def test_a_set_that_is_sorted_by_class_is_told_by_every_address(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, way: str, shuffle: bool
+) -> None:
+    """A sidecar and a store told nothing once, and tars without an index never had."""
+    lines = [f"{i:05d}{('.jpg', '.png', '.webp')[i % 3]},{i // 20}" for i in range(60)]
+    write_images(tmp_path / "images", 60, 3).write_text("path,label\n" + "\n".join(lines))
+    pack(tmp_path / "images/list.csv", tmp_path / "set", name="odd", shuffle=shuffle, samples_per_shard=20)
+    if way == "sidecar":
+        sidecar.write_all(tmp_path / "set")
+    if way == "bare":
+        (tmp_path / "set/_info.json").unlink()
+    caplog.clear()
+    with shelf(tmp_path) as made:
+        place = {"web": f"{made.url}/set", "pattern": f"{made.url}/set/odd-train-{{000000..000002}}.tar"}
+        address = place.get(way, str(tmp_path / "set"))
+        for _ in range(2):  # made or fetched, and kept
+            caplog.clear()
+            index = open_set(address, "train", data=data(), keep=tmp_path / "kept")
+            assert ("neighbours in split train have the same label" in caplog.text) is not shuffle
+            assert bool(index.warnings) is not shuffle
 
 
 @forks
@@ -513,6 +543,26 @@ def test_without_credentials_a_public_bucket_is_asked_unsigned(
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     url, headers = sets.open_s3(server.url, 5.0).request("s3://set/a.tar")
     assert (url, "Authorization" in headers) == (f"{server.url}/set/a.tar", False)
+
+
+@pytest.mark.usefixtures("account")
+def test_a_request_is_signed_with_a_key_and_a_token_of_one_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A role's credentials may be renewed at any look: key n with token n + 1 would be refused, and end the run."""
+    times = itertools.count()
+
+    def renew() -> dict[str, str]:
+        n = next(times)
+        soon = datetime.now(UTC) + timedelta(minutes=5)  # so soon that each look renews them
+        return {"access_key": f"key{n}", "secret_key": "hush", "token": f"token{n}"} | {
+            "expiry_time": soon.isoformat()
+        }
+
+    role = RefreshableCredentials.create_from_metadata(renew(), renew, "a role")
+    monkeypatch.setattr(boto3.Session, "get_credentials", lambda session: role)
+    _, headers = S3("http://127.0.0.1:1").request("s3://shelf/some/set/x.tar")
+    key = re.search(r"Credential=key(\d+)/", headers["Authorization"])
+    assert key is not None
+    assert headers["X-Amz-Security-Token"] == f"token{key[1]}"
 
 
 def test_without_boto3_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

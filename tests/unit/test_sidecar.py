@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from itertools import islice
 from pathlib import Path
 
@@ -147,3 +148,22 @@ def test_no_sidecar_no_word(tmp_path: Path, caplog: pytest.LogCaptureFixture) ->
     assert caplog.text == ""
     with pytest.raises(ConfigError, match=r"has no _info\.json"):
         open_index(tmp_path)
+
+
+def test_a_shard_that_changes_after_it_was_read_is_an_error(folder: Path) -> None:
+    """A sidecar's set has looked at no tar when the run begins; each reader holds a tar to what it first saw."""
+    index = open_index(folder)
+    source = index.source()
+    path = folder / index.shards[2].filename
+    whole = path.read_bytes()
+    read = source.read(2, 0, 1024)
+    path.write_bytes(whole)
+    os.utime(path, ns=(1, 1))
+    assert source.read(2, 0, 1024) == read  # the same bytes, by their sha256
+    path.write_bytes(whole[:5000] + bytes([whole[5000] ^ 1]) + whole[5001:])
+    with pytest.raises(SourceError, match="has changed: its sha256 is not its index's any more"):
+        source.read(2, 0, 1024)
+    path.write_bytes(whole[:-512])
+    with pytest.raises(SourceError, match=f"it has {len(whole) - 512} bytes, and had {len(whole)}"):
+        source.read(2, 0, 1024)
+    source.close()

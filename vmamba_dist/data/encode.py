@@ -31,11 +31,6 @@ def encode(image: Image.Image, format: Format, quality: int = 90) -> bytes:
     return file.getvalue()
 
 
-def suffix_of(data: bytes) -> Format:
-    """Read a header: what the file is, whatever its name says. Raises DecodeError."""
-    return _SUFFIX[check_header(data)[0]]
-
-
 def shrink(image: Image.Image, max_side: int) -> Image.Image:
     """Make the longer side max_side px where it is longer, keeping the shape."""
     longer = max(image.size)
@@ -70,4 +65,4 @@ def convert(
     return encode(image, format or suffix, quality), format or suffix
 
 
-__all__ = ["FORMATS", "DecodeError", "Format", "convert", "encode", "shrink", "suffix_of"]
+__all__ = ["FORMATS", "DecodeError", "Format", "convert", "encode", "shrink"]

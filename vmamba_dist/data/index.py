@@ -27,6 +27,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from vmamba_dist.config.addresses import redact
 from vmamba_dist.config.schema import ConfigError
 from vmamba_dist.data import sources
 from vmamba_dist.data.order import EpochOrder, check_lanes
@@ -132,7 +133,9 @@ class Index:
     num_classes: int
     class_names: tuple[str, ...]
     offsets: Offsets = field(repr=False, compare=False)
-    warnings: tuple[str, ...] = ()  # damage found at the start: those samples will count as bad
+    warnings: tuple[
+        str, ...
+    ] = ()  # told at the start: clustered labels, and damage that will count as bad samples
     sizes: tuple[int, ...] = field(default=(), repr=False, compare=False)  # of the files, found at the start
     address: str = ""  # where the set lies, where that is not `root`: that has its kept index
     opener: Callable[[], sources.Source] | None = field(default=None, repr=False, compare=False)
@@ -214,15 +217,10 @@ def read_index(folder: str | Path, split: str = "train", *, key: str = "data.tra
                 f"{root / shard.filename} has {most} bytes, too few for the {shard.num_samples} samples that {INFO} "
                 "tells; pack the set again"
             )
-    offsets, warnings = _check_tars(root, listed.split, shards)
+    offsets, damage = _check_tars(root, listed.split, shards)
+    warnings = (*damage, *listed.warnings)
     for warning in warnings:
         log.warning("%s", warning)
-    if isinstance(clustered := info.get("clustered"), list) and listed.split in clustered:
-        log.warning(
-            "%s: neighbours in split %s have the same label far more often than by chance, and a run mixes only near "
-            "samples: pack again with shuffling",
-            *(root, listed.split),
-        )
     name = listed.name or root.name
     return Index(
         *(root, name, listed.split, shards, listed.num_classes, listed.class_names, offsets, warnings, sizes)
@@ -238,6 +236,7 @@ class Listed:
     shards: tuple[Shard, ...]
     num_classes: int
     class_names: tuple[str, ...]
+    warnings: tuple[str, ...] = ()
 
     def fingerprint(self) -> str:
         """Hash what the shards hold, as Index does."""
@@ -291,7 +290,16 @@ def read_split(info: Mapping[str, Any], split: str, *, named: str, file: str) ->
         )
     known: list[int | None] = [*recorded] or [None] * len(filenames)
     shards = tuple(Shard(*fields) for fields in zip(filenames, lengths, known, hashes, strict=True))
-    return Listed(str(info.get("name", "")), split, shards, num_classes, classes)
+    clustered = info.get("clustered")
+    warnings = (
+        (
+            f"{named}: neighbours in split {split} have the same label far more often than by chance, and a run mixes "
+            "only near samples: pack again with shuffling",
+        )
+        if isinstance(clustered, list) and split in clustered
+        else ()
+    )
+    return Listed(str(info.get("name", "")), split, shards, num_classes, classes, warnings)
 
 
 def inside(name: str) -> bool:
@@ -308,12 +316,17 @@ def read_info(root: Path, key: str) -> dict[str, Any]:
     if not (root / INFO).is_file():
         why = "a pack was interrupted there; pack again" if (root / PACKING).exists() else "no set of shards"
         raise ConfigError(f"{key}={str(root)!r} has no {INFO} ({why}); make one with: vmamba shards pack")
+    return parse_info((root / INFO).read_bytes(), str(root / INFO))
+
+
+def parse_info(content: bytes, address: str) -> dict[str, Any]:
+    """Read an index's content. Raises ConfigError where it is none."""
     try:
-        info = json.loads((root / INFO).read_text())
+        info = json.loads(content)
         if not isinstance(info["splits"], dict):
             raise TypeError("splits is not an object")
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise ConfigError(f"{root / INFO} is not a set's index: {error!r}; pack the set again") from error
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ConfigError(f"{redact(address)} is not a set's index: {error!r}; pack the set again") from error
     return info  # type: ignore[no-any-return]
 
 

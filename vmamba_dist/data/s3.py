@@ -50,7 +50,8 @@ class S3:
         base, region = self._bucket(bucket)
         request = AWSRequest(method="GET", url=f"{base}/{quote(key, safe='/-_.~')}")
         if self._credentials is not None:
-            S3SigV4Auth(self._credentials, "s3", region).add_auth(request)
+            # Frozen: a role's are renewed as they are read, and key and token must be of one time.
+            S3SigV4Auth(self._credentials.get_frozen_credentials(), "s3", region).add_auth(request)
         return request.url, dict(request.headers.items())
 
     def list(self, address: str) -> Iterator[Item]:

@@ -26,18 +26,22 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import IO, Any, Protocol, TypeVar, cast
 
+import numpy as np
 from braceexpand import braceexpand
+from numpy.typing import NDArray
 
 from vmamba_dist.config.addresses import redact
 from vmamba_dist.config.schema import ConfigError, DataConfig
 from vmamba_dist.data.cache import Cache, CachedSource, Entry
 from vmamba_dist.data.index import (
+    EVAL_SPLITS,
     INFO,
     PACKING,
     Index,
     Listed,
     Offsets,
     Shard,
+    parse_info,
     read_split,
     write_whole,
 )
@@ -45,11 +49,12 @@ from vmamba_dist.data.remote import CONCURRENCY, Fetcher, Item, Patience, Remote
 from vmamba_dist.data.sidecar import open_index
 from vmamba_dist.data.sources import LocalSource, Source, local_path
 from vmamba_dist.data.tarscan import Contents, RangeFile, scan_shard
+from vmamba_dist.data.writer import labels_cluster
 
 log = logging.getLogger(__name__)
 
 _MOST_SHARDS = 10_000_000  # of a pattern: a slip like {0..99999999999} is told before it fills the memory
-_SPLITS = ("train", "validation", "val", "test")
+_SPLITS = ("train", *EVAL_SPLITS)
 _Part = TypeVar("_Part")
 _Result = TypeVar("_Result")
 
@@ -307,11 +312,13 @@ def _open_kept(
                 folder.write(INFO, json.dumps(made, indent=1).encode())
 
     at = _kept(keep, [folder.address, facts], make)
-    content = _parsed((at / INFO).read_bytes(), str(at / INFO))
+    content = parse_info((at / INFO).read_bytes(), str(at / INFO))
     listed = read_split(content, split, named=named, file=f"{folder.address}/{INFO}")
     offsets = Offsets.read(at / f"_offsets-{listed.split}.bin", listed.fingerprint())
     if offsets is None:
         raise ConfigError(f"{at} is no whole index any more; remove the folder, and it is made anew")
+    for warning in listed.warnings:
+        log.warning("%s", warning)
     tags = content.get("tags", {})
     found = [
         Item(f"{_root_of(folder)}/{shard.filename}", shard.num_bytes, tags.get(shard.filename, ""))
@@ -326,6 +333,7 @@ def _open_kept(
         num_classes=listed.num_classes,
         class_names=listed.class_names,
         offsets=offsets,
+        warnings=listed.warnings,
         address="" if is_local else folder.address,
         opener=lambda: folder.source(found),
     )
@@ -361,7 +369,7 @@ def _fetch_index(folder: Folder, info: Item, split: str, at: Path, named: str) -
     """Copy a set's index to `at`, with one split's offsets, which are made where the set has none."""
     content = folder.load(info)
     write_whole(at / INFO, content)
-    listed = read_split(_parsed(content, info.address), split, named=named, file=redact(info.address))
+    listed = read_split(parse_info(content, info.address), split, named=named, file=redact(info.address))
     sidecar = at / f"_offsets-{listed.split}.bin"
     found = folder.look(sidecar.name)
     if found is not None:
@@ -397,8 +405,11 @@ def _make_index(folder: Folder, items: Sequence[Item], at: Path, named: str) -> 
                 *(redact(item.address), content.num_samples),
             )
     splits: dict[str, Any] = {}
+    clustered = []
     for split in sorted({split_of(folder.name_of(item)) for item in items}):
         chosen = [i for i, item in enumerate(items) if split_of(folder.name_of(item)) == split]
+        if _sorted_by_label([contents[i].labels for i in chosen]):
+            clustered.append(split)
         shards = [Shard(folder.name_of(items[i]), contents[i].num_samples, items[i].size, "") for i in chosen]
         splits[split] = {
             "name": split,
@@ -413,10 +424,19 @@ def _make_index(folder: Folder, items: Sequence[Item], at: Path, named: str) -> 
     info = {
         "name": re.sub(r"[^A-Za-z0-9_.-]+", "_", folder.address.rpartition("/")[2]),
         "num_classes": num_classes,
+        "clustered": clustered,
         "splits": splits,
         "tags": {folder.name_of(item): item.tag for item in items if item.tag},
     }
     write_whole(at / INFO, json.dumps(info, indent=1).encode())
+
+
+def _sorted_by_label(shards: Sequence[NDArray[np.uint32]]) -> bool:
+    """Tell whether neighbours share their label more often than in a shuffled set."""
+    same = sum(int((labels[1:] == labels[:-1]).sum()) for labels in shards)
+    values, counts = np.unique(np.concatenate(shards), return_counts=True)
+    pairs = sum(max(0, len(labels) - 1) for labels in shards)
+    return labels_cluster(same, pairs, dict(zip(values.tolist(), counts.tolist(), strict=True)))
 
 
 def split_of(name: str) -> str:
@@ -472,17 +492,6 @@ def _is_bare(folder: LocalFolder) -> bool:
     if (folder.root / INFO).exists() or (folder.root / PACKING).exists():
         return False
     return any(folder.root.glob("*.tar"))
-
-
-def _parsed(content: bytes, address: str) -> dict[str, Any]:
-    """Read an index's content. Raises ConfigError where it is none."""
-    try:
-        info = json.loads(content)
-        if not isinstance(info["splits"], dict):
-            raise TypeError("splits is not an object")
-    except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{redact(address)} is not a set's index: {error!r}; pack the set again") from error
-    return info  # type: ignore[no-any-return]
 
 
 @contextmanager

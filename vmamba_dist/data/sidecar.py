@@ -21,16 +21,16 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast, overload
+from typing import Any, TypeVar, cast, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vmamba_dist.config.schema import ConfigError
-from vmamba_dist.data.index import EVAL_SPLITS, INFO, Index, Offsets, Shard, read_index
+from vmamba_dist.data.index import EVAL_SPLITS, INFO, Index, Offsets, Shard, inside, read_index
 from vmamba_dist.data.sources import BLOCK, LocalSource, local_path
 
 log = logging.getLogger(__name__)
@@ -38,6 +38,7 @@ log = logging.getLogger(__name__)
 MAGIC = b"VMINDX01"
 LARGE = 10_000  # shards: from here on `shards pack` writes sidecars
 _HEADER = 72
+_Value = TypeVar("_Value")
 
 
 def path_of(root: Path, split: str) -> Path:
@@ -182,16 +183,18 @@ class ShardTable(Sequence[Shard]):
         if isinstance(i, slice):
             return [self[j] for j in range(*i.indices(len(self)))]
         i = range(len(self))[i]
-        sha256 = self._hashes[i].tobytes()
-        return Shard(
-            self.filename(i), int(self.lengths[i]), int(self.sizes[i]), sha256.hex() if any(sha256) else ""
-        )
+        return Shard(self.filename(i), int(self.lengths[i]), int(self.sizes[i]), self.sha256(i))
+
+    def sha256(self, i: int) -> str:
+        """Return a shard's sha256 in hex, "" where it has none."""
+        found = self._hashes[i].tobytes()
+        return found.hex() if any(found) else ""
 
     def filename(self, i: int) -> str:
         """Return a shard's name. Raises ConfigError for one that leads out of the set's folder."""
         begin = int(self._ends[i - 1]) if i else 0
         name = self._names[begin : int(self._ends[i])].tobytes().decode()
-        if Path(name).is_absolute() or ".." in Path(name).parts:
+        if not inside(name):
             raise ConfigError(f"a sidecar names a shard outside its folder: {name!r}")
         return name
 
@@ -232,17 +235,17 @@ class Bounds(Offsets):
         return np.frombuffer(os.pread(self._file, 4 * count, at), dtype="<u4")
 
 
-class _Paths(Sequence[Path]):
-    """The shards' paths, made when asked for."""
+class _Column(Sequence[_Value]):
+    """A column of the table, whose values are made when asked for."""
 
-    def __init__(self, root: Path, table: ShardTable) -> None:
-        self._root, self._table = root, table
+    def __init__(self, count: int, value: Callable[[int], _Value]) -> None:
+        self._count, self._value = count, value
 
     def __len__(self) -> int:
-        return len(self._table)
+        return self._count
 
     def __getitem__(self, i: Any) -> Any:
-        return self._root / self._table.filename(i)
+        return self._value(i)
 
 
 @dataclass(frozen=True)
@@ -274,4 +277,6 @@ class LargeIndex(Index):
         return self.hashed
 
     def local_source(self) -> LocalSource:
-        return LocalSource(_Paths(self.root, self.table))
+        table, root = self.table, self.root
+        paths = _Column(len(table), lambda i: root / table.filename(i))
+        return LocalSource(paths, sha256=_Column(len(table), table.sha256))

@@ -102,8 +102,8 @@ class Source(Protocol):
 class LocalSource:
     """Shards in local files; keeps the few last used ones open. Not for use from several threads.
 
-    `sizes`, where given, are the files' sizes when the run began: a file of another size, or one that is
-    written while it is read, is a SourceError at once. Without them a read ends where the file does.
+    A file that is written while it is read is a SourceError at once. `sizes`, where given, are the files' sizes when
+    the run began, and another one is an error too; without them a file has the size that it was first opened with.
     """
 
     concurrency = 1
@@ -121,7 +121,9 @@ class LocalSource:
         self._sizes = sizes
         self._sha256 = sha256
         self._open: OrderedDict[int, int] = OrderedDict()
-        self._written: dict[int, int] = {}  # when each file was last written, as first seen; ns
+        self._known: dict[
+            int, tuple[int, int]
+        ] = {}  # each file's size, and when it was written in ns, as first seen
 
     def read(self, shard: int, start: int, end: int) -> bytes:
         for wait_s in (*RETRY_AFTER_S, None):
@@ -150,25 +152,26 @@ class LocalSource:
                 os.close(self._open.popitem(last=False)[1])
             file = os.open(self._paths[shard], os.O_RDONLY | os.O_CLOEXEC)
         self._open[shard] = file
-        if self._sizes is not None:
-            self._check(shard, file, self._sizes[shard])
+        self._check(shard, file)
         parts = []
         while start < end and (part := os.pread(file, min(end - start, _READ_AT_ONCE), start)):
             parts.append(part)
             start += len(part)
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
-    def _check(self, shard: int, file: int, size: int) -> None:
+    def _check(self, shard: int, file: int) -> None:
         """Raise SourceError where a file is no longer the one that the run began with; one fstat."""
         now = os.fstat(file)
-        if now.st_size == size and self._written.setdefault(shard, now.st_mtime_ns) == now.st_mtime_ns:
+        first = now.st_size if self._sizes is None else self._sizes[shard]
+        size, written = self._known.setdefault(shard, (first, now.st_mtime_ns))
+        if (now.st_size, now.st_mtime_ns) == (size, written):
             return
         if now.st_size != size:
             why = f"it has {now.st_size} bytes, and had {size}"
-        elif not any(self._sha256[shard : shard + 1]):
+        elif not (self._sha256 and self._sha256[shard]):
             why = "it was written again, and its index has no sha256 to tell whether its content is the same"
         elif _sha256_of(file, size) == self._sha256[shard]:
-            self._written[shard] = now.st_mtime_ns  # the same bytes, copied or touched
+            self._known[shard] = size, now.st_mtime_ns  # the same bytes, copied or touched
             return
         else:
             why = "its sha256 is not its index's any more"

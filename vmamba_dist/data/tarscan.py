@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import io
 import tarfile
+from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import IO, cast
 
+import numpy as np
+from numpy.typing import NDArray
 from webdataset.tariterators import base_plus_ext
 
 from vmamba_dist.data.sources import Raw, parse_label, scan_tar
 
 _AHEAD = 1 << 21  # bytes of a request where headers lie close together: it doubles up to this
-_JUMP = (
-    1 << 16
-)  # bytes of the first request, and after a jump: a header, and mostly the label and the next header
+_JUMP = 1 << 16  # bytes of the first request and after a jump: a header, mostly its label and the next header
 _GAP = 1 << 20  # bytes that are cheaper to read than to jump
 _MOST_LABEL = 1 << 16  # bytes; a larger member is no label
 
@@ -29,32 +30,42 @@ class Contents:
     """A shard's samples and labels."""
 
     bounds: list[int]  # byte offset of each sample's first header, then the end of the last sample
-    num_classes: int  # 1 + the largest label; 0 where there is none
+    labels: NDArray[np.uint32]  # those that can be read, as they lie
     whole: bool  # false where the tar breaks off or a header is unreadable
 
     @property
     def num_samples(self) -> int:
         return len(self.bounds) - 1
 
+    @property
+    def num_classes(self) -> int:
+        """1 + the largest label; 0 where there is none."""
+        return 1 + int(self.labels.max()) if len(self.labels) else 0
+
 
 def scan_shard(file: IO[bytes], size: int) -> Contents:
-    """Find the samples and the largest label of an open tar of `size` bytes."""
-    num_classes = 0
+    """Find the samples and labels of an open tar of `size` bytes."""
+    labels = array("I")
+    last = None
 
     def visit(tar: tarfile.TarFile, member: tarfile.TarInfo) -> None:
-        nonlocal num_classes
-        suffix = base_plus_ext(member.name)[1]
+        nonlocal last
+        key, suffix = base_plus_ext(member.name)
         if suffix not in ("cls", "json") or not member.isreg() or member.size > _MOST_LABEL:
             return
         content = tar.extractfile(member)
         assert content is not None  # it is a regular file
         label = parse_label(Raw("", b"", content.read(), suffix), 2**31)
         if isinstance(label, int):  # what is none is the reader's to tell, sample by sample
-            num_classes = max(num_classes, label + 1)
+            if key != last:
+                labels.append(label)
+            elif suffix == "cls":  # a sample with both has this one's
+                labels[-1] = label
+            last = key
 
     found = scan_tar(file, size, visit)
     bounds = found.bounds if found.keys else [0]
-    return Contents(bounds, num_classes, found.whole)
+    return Contents(bounds, np.array(labels, dtype=np.uint32), found.whole)
 
 
 class RangeFile(io.RawIOBase):
