@@ -40,7 +40,7 @@ test-full: install
 	$(PYTEST) -m "not (gpu or multigpu or soak or slurm)"
 
 test-slurm: install
-	$(PYTEST) -m slurm tests/slurm
+	$(PYTEST) -m "slurm and not slow" tests/slurm
 
 soak: install
 	$(PYTEST) --timeout=0 -m soak

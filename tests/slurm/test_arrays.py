@@ -31,7 +31,7 @@ def results(folder: Path) -> dict[str, dict[str, str]]:
 
 
 def running() -> int:
-    return lab.slurm("squeue", "-h", "-r", "-t", "RUNNING,COMPLETING", "-o", "%i").count("\n")
+    return lab.slurm("squeue", "-h", "-r", "-t", "RUNNING", "-o", "%i").count("\n")
 
 
 def test_six_points_two_at_a_time_and_the_failed_one_again_alone(words: list[str], tmp_path: Path) -> None:
@@ -95,6 +95,7 @@ def test_a_failure_is_told_with_its_reason(words: list[str], tmp_path: Path) -> 
     assert (looked.state, looked.step) == ("failed", 0)
 
 
+@pytest.mark.slow
 def test_a_branch_waits_in_the_queue_for_its_trunk(words: list[str], tmp_path: Path) -> None:
     schedule = ("schedule.kind=wsd", "schedule.warmup_samples=64", "schedule.decay=0.5")
     base = load([*words, *SMALL, f"run.dir={tmp_path / 'sweep'}", "checkpoint.keep_every=4"])

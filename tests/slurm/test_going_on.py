@@ -143,6 +143,7 @@ def test_a_node_is_gone(words: list[str], whole: Job, tmp_path: Path) -> None:
     assert job.begun[1] > newest
 
 
+@pytest.mark.slow  # two minutes; the pre-emption that cancels goes the same way
 def test_ranks_that_hang_beyond_the_time_limit(words: list[str], whole: Job, tmp_path: Path) -> None:
     """Slurm then kills the batch script with them, before its end: what follows must have been said before."""
     job = submit(words, tmp_path / "run", "launch.time_limit_min=3", "launch.signal_delay_s=10")
