@@ -4,6 +4,7 @@ import math
 import zlib
 
 import numpy as np
+import pytest
 import torch
 
 from vmamba_kernels.testing import golden_tensor, relative_max, relative_rms
@@ -25,7 +26,8 @@ def test_golden_rule_in_numpy():
 def test_comparisons():
     expected = torch.tensor([3.0, -4.0])
     assert relative_max(expected + torch.tensor([0.0, 1.0]), expected) == 0.25
-    assert relative_rms(expected + torch.tensor([0.0, 1.0]), expected) == 0.2
+    # Processors round the mean and the roots differently in the last bit.
+    assert relative_rms(expected + torch.tensor([0.0, 1.0]), expected) == pytest.approx(0.2, rel=1e-12)
     assert relative_max(torch.tensor([3.0, math.nan]), expected) == math.inf
     assert relative_rms(expected[:1], expected) == math.inf
     assert relative_max(expected[:0], expected[:0]) == 0
