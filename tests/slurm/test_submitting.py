@@ -31,7 +31,7 @@ ONE = ["launch.nodes=1", "launch.tasks_per_node=1", "launch.cluster=slurm"]
         (["launch.partition=members", "launch.account=arts"], "Invalid account"),
         (["launch.time_limit_min=121"], r"launch\.time_limit_min=121: .* allows 120 minutes"),
         (["launch.time_limit_min=4"], r"launch\.time_limit_min=4: .*240 s of 240 s .*use 5 minutes"),
-        (["launch.nodes=5"], "Node count"),
+        (["launch.nodes=5", "data.global_batch=40"], "Node count"),
         (["launch.constraint=moon"], "feature"),
         (["launch.exclude=nobody[1-2]"], "node name"),
         (["launch.mem_gb=9999"], "[Mm]emory|node configuration"),
