@@ -143,8 +143,15 @@ class _Server(ThreadingHTTPServer):
     request_queue_size = 64
     shelf: Shelf
 
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.broken: list[BaseException] = []
+
     def handle_error(self, request: object, client_address: object) -> None:
-        pass  # clients that time out are what is tested
+        """A client that hangs up is what is tested; any other error is the server's own, and the test's."""
+        error = sys.exception()
+        if error is not None and not isinstance(error, ConnectionError | TimeoutError):
+            self.broken.append(error)
 
 
 @contextmanager
@@ -163,6 +170,8 @@ def shelf(root: Path) -> Iterator[Shelf]:
         server.shutdown()
         server.server_close()
         thread.join()
+    if server.broken:
+        raise server.broken[0]
 
 
 @contextmanager
