@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from vmamba_kernels import rows
 from vmamba_kernels.testing import golden_tensor, relative_rms
@@ -96,8 +97,52 @@ def test_a_norm_with_a_sum_before_it_is_the_definition(
     ):
         assert expected is not None
         near(found, expected, 3 * limit)
+    _same_by_autograd(case, (dx, d_branch, *d_parameters))
     near(rows.add_branch(case.x, case.branch, case.keep, case.per), total, limit)
     near(rows.add_branch(case.x, case.branch, None, case.per), x + branch, limit)
+
+
+def _same_by_autograd(case: Case, expected: tuple[Tensor, ...]) -> None:
+    leaves = [t.detach().clone().requires_grad_() for t in (case.x, case.branch, case.weight, case.bias)]
+    x, branch, weight, bias = leaves
+    total, y, _ = rows.add_norm(x, branch, case.keep, case.per, weight, bias, EPS)
+    found = torch.autograd.grad([total, y], leaves, [case.residual, case.dy])
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_sum_has_the_gradients_of_a_sum(dtype: torch.dtype) -> None:
+    """Alone, and where nobody asks for the norm beside it."""
+    case = Case(SHAPES[1], dtype)
+    x, branch = (t.detach().clone().requires_grad_() for t in (case.x, case.branch))
+    keep = case.keep.repeat_interleave(case.per)[:, None]
+    sums = (
+        rows.add_branch(x, branch, case.keep, case.per),
+        rows.add_norm(x, branch, case.keep, case.per, case.weight, case.bias, EPS)[0],
+    )
+    for total in sums:
+        dx, d_branch = torch.autograd.grad(total, (x, branch), case.residual)
+        assert torch.equal(dx, case.residual)
+        near(d_branch, (case.residual * keep).cpu(), TOLERANCE[dtype])
+
+
+def test_no_gradient_is_left_out_in_silence() -> None:
+    case = Case(SHAPES[0], torch.float32)
+    x, keep = case.x.clone().requires_grad_(), case.keep.clone().requires_grad_()
+    with pytest.raises(RuntimeError, match="keep requires a gradient"):
+        rows.add_branch(x, case.branch, keep, case.per).sum().backward()
+    y = rows.layer_norm(x, case.weight, case.bias, EPS, torch.float32)
+    (grad,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivatives"):
+        grad.sum().backward()
+
+
+def test_to_a_flop_counter_rows_are_nothing() -> None:
+    case = Case(SHAPES[0], torch.float32)
+    with FlopCounterMode(display=False) as counter:
+        rows.add_norm(case.x, case.branch, case.keep, case.per, case.weight, case.bias, EPS)
+        torch.mm(case.x.t(), case.x)
+    assert counter.get_total_flops() == 2 * case.x.shape[0] * case.x.shape[1] ** 2
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -138,6 +183,25 @@ def test_sums_and_gelus_backward(shape: tuple[int, int, int], dtype: torch.dtype
     near(total, h.grad.sum(0), 30 * limit)  # a sum that mostly cancels
 
 
+def test_layout_of_the_inputs_does_not_matter() -> None:
+    case = Case((66, 96, 11), torch.float32)
+
+    def every_op(*t: Tensor) -> list[Tensor]:
+        x, branch, residual = t
+        total, y, stats = rows.add_norm(x, branch, case.keep, 11, case.weight, case.bias, EPS)
+        return [
+            total, y, rows.add_branch(x, branch, case.keep, 11), *rows.scale_and_sum(x, case.keep, 11, x.dtype),
+            *rows.norm(x, case.weight, case.bias, EPS, x.dtype), *rows.gelu_backward(branch, residual),
+            *rows.norm_backward(branch, x, stats, case.weight, case.bias, x.dtype),
+            *rows.add_norm_backward(branch, residual, x, stats, case.weight, case.bias, case.keep, 11),
+        ]  # fmt: skip
+
+    tensors = (case.x, case.branch, case.residual)
+    turned = (t.t().contiguous().t() for t in tensors)
+    for found, expected in zip(every_op(*turned), every_op(*tensors), strict=True):
+        assert torch.equal(found, expected)
+
+
 def test_the_same_input_gives_the_same_bits() -> None:
     case = Case((66, 96, 11), torch.float32)
     total, _, stats = rows.add_norm(case.x, case.branch, case.keep, 11, case.weight, case.bias, EPS)
@@ -154,14 +218,17 @@ def test_ops_are_what_they_say() -> None:
     parameters = (case.weight, case.bias)
     total, _, stats = rows.add_norm(case.x, case.branch, case.keep, 5, *parameters, EPS)
     ops, leaves = torch.ops.vmamba, [t.clone().requires_grad_() for t in (case.x, *parameters)]
+    branch = case.branch.clone().requires_grad_()
     for op, args in (
         (ops.norm, (*leaves, EPS, torch.float32)),
-        (ops.add_norm, (case.x, case.branch, case.keep, 5, *parameters, EPS)),
-        (ops.add_branch, (case.x, case.branch, None, 5)),
+        (ops.add_norm, (leaves[0], branch, case.keep, 5, *leaves[1:], EPS)),
+        (ops.add_branch, (leaves[0], branch, case.keep, 5)),
+        (ops.add_branch, (leaves[0], branch, None, 5)),
         (ops.norm_backward, (case.dy, total, stats, *parameters, torch.float32)),
         (ops.add_norm_backward, (case.dy, case.residual, total, stats, *parameters, case.keep, 5)),
         (ops.scale_and_sum, (case.x, case.keep, 5, torch.float32)),
         (ops.gelu_backward, (case.branch, case.dy)),
+        (ops.norm_backward, (case.dy.t().contiguous().t(), total, stats, *parameters, None)),
     ):
         torch.library.opcheck(op.default, args)
 

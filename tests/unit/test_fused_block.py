@@ -81,6 +81,16 @@ def test_in_float32_through_the_kernels() -> None:
     assert apart(outcome(made, "always", torch.float32), exact) <= 3e-5
 
 
+def test_the_kernels_padded_projection_gives_the_same_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A direction of 1 + 2 columns is padded to 8 for the kernels alone."""
+    if not GPU:
+        pytest.importorskip("triton")
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+    exact = outcome(model().double(), "never", torch.float64)
+    made = model(scan_backend="triton")
+    assert apart(outcome(made, "always", torch.float32), exact) <= 3e-5
+
+
 @pytest.mark.parametrize("name", ["y", "gradients"])
 def test_in_bfloat16_it_errs_no_more_than_the_composition(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "0")  # which truncates to bfloat16
@@ -161,9 +171,40 @@ def _replace_the_mlp(block: Block) -> None:
     block.mlp = nn.Identity()  # type: ignore[assignment]
 
 
+def _give_a_bias(block: Block) -> None:
+    dim, inner = block.op.out_proj.weight.shape
+    block.op.out_proj = nn.Linear(inner, dim, device=DEVICE)
+
+
+def _reset_a_norm(block: Block) -> None:
+    block.norm2.eps = 0.1
+
+
+def _pad_otherwise(block: Block) -> None:
+    block.op.conv2d.padding_mode = "circular"
+
+
+def _drop_a_bias(block: Block) -> None:
+    block.mlp.fc1.bias = None
+
+
+def _wrap_a_forward(block: Block) -> None:
+    """As accelerate does."""
+    right = block.op.in_proj.forward
+    block.op.in_proj.forward = lambda x: 2 * right(x)  # type: ignore[method-assign]
+
+
+def _wrap_the_mlps_forward(block: Block) -> None:
+    right = block.mlp.forward
+    block.mlp.forward = lambda x: 2 * right(x)  # type: ignore[method-assign]
+
+
 @pytest.mark.parametrize(
     "change",
-    [_hook, _replace, _listen, _listen_before, _hook_the_mlp, _replace_the_mlp],
+    [
+        _hook, _replace, _listen, _listen_before, _hook_the_mlp, _replace_the_mlp, _give_a_bias, _reset_a_norm,
+        _pad_otherwise, _drop_a_bias, _wrap_a_forward, _wrap_the_mlps_forward,
+    ],
     ids=lambda f: f.__name__,
 )
 def test_it_steps_aside_for_whoever_looks_at_the_modules(

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vmamba_dist.models.ss2d import SS2D, LayerNorm
+from vmamba_dist.models.ss2d import LN_EPS, SS2D, LayerNorm
 from vmamba_kernels import rows
 from vmamba_kernels.launch import own_code, unobserved
 from vmamba_kernels.ss2d.op import scan_backward, scan_forward
@@ -125,6 +125,28 @@ def parts_of(block: Block) -> list[tuple[nn.Module, type[nn.Module]]]:
         (op.in_proj, nn.Linear), (op.conv2d, nn.Conv2d), (op.out_proj, nn.Linear),
         (mlp.fc1, nn.Linear), (mlp.fc2, nn.Linear),
     ]  # fmt: skip
+
+
+def has_plain_settings(block: Block) -> bool:
+    """Whether the modules of `parts_of` are set as the fused block computes them, and none's forward is wrapped."""
+    op, mlp, conv = block.op, block.mlp, block.op.conv2d
+    norms = ((block.norm, op.in_proj.in_features), (op.out_norm, op.inner), (block.norm2, mlp.fc1.in_features))
+    return (
+        all(_is_plain_norm(norm, dim) for norm, dim in norms)
+        and op.in_proj.bias is None
+        and op.out_proj.bias is None
+        and mlp.fc1.bias is not None
+        and mlp.fc2.bias is not None
+        and (conv.kernel_size, conv.stride, conv.dilation) == ((3, 3), (1, 1), (1, 1))
+        and (conv.padding, conv.padding_mode, conv.groups) == ((1, 1), "zeros", op.inner)
+        and "forward" not in vars(mlp)
+        and not any("forward" in vars(part) for part, _ in parts_of(block))
+    )
+
+
+def _is_plain_norm(norm: nn.LayerNorm, dim: int) -> bool:
+    affine = norm.weight is not None and norm.bias is not None
+    return affine and norm.eps == LN_EPS and norm.normalized_shape == (dim,)
 
 
 def run(x: Tensor, keep: Tensor | None, plan: Plan, weights: Weights) -> Tensor:
