@@ -306,6 +306,7 @@ def test_a_state_beyond_float16_is_kept(cut):
     inputs = tensors(MINI, torch.float16)
     directions = inputs["projected"].view(*inputs["projected"].shape[:3], 4, -1)
     inputs["x"].fill_(400)
+    inputs["dy"].mul_(1e-2)  # or C's gradient, a sum of states, is itself beyond float16
     directions[..., 2] = 400
     directions[..., 3] = 1e-3
     assert above(errors(inputs), 2e-3) == {}

@@ -202,8 +202,18 @@ def _wrap_the_mlps_forward(block: Block) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        _hook, _replace, _listen, _listen_before, _hook_the_mlp, _replace_the_mlp, _give_a_bias, _reset_a_norm,
-        _pad_otherwise, _drop_a_bias, _wrap_a_forward, _wrap_the_mlps_forward,
+        _hook,
+        _replace,
+        _listen,
+        _listen_before,
+        _hook_the_mlp,
+        _replace_the_mlp,
+        _give_a_bias,
+        _reset_a_norm,
+        _pad_otherwise,
+        _drop_a_bias,
+        _wrap_a_forward,
+        _wrap_the_mlps_forward,
     ],
     ids=lambda f: f.__name__,
 )

@@ -130,13 +130,16 @@ def parts_of(block: Block) -> list[tuple[nn.Module, type[nn.Module]]]:
 def has_plain_settings(block: Block) -> bool:
     """Whether the modules of `parts_of` are set as the fused block computes them, and none's forward is wrapped."""
     op, mlp, conv = block.op, block.mlp, block.op.conv2d
-    norms = ((block.norm, op.in_proj.in_features), (op.out_norm, op.inner), (block.norm2, mlp.fc1.in_features))
+    norms = (
+        (block.norm, op.in_proj.in_features),
+        (op.out_norm, op.inner),
+        (block.norm2, mlp.fc1.in_features),
+    )
     return (
         all(_is_plain_norm(norm, dim) for norm, dim in norms)
-        and op.in_proj.bias is None
-        and op.out_proj.bias is None
-        and mlp.fc1.bias is not None
-        and mlp.fc2.bias is not None
+        and not (_has_bias(op.in_proj) or _has_bias(op.out_proj))
+        and _has_bias(mlp.fc1)
+        and _has_bias(mlp.fc2)
         and (conv.kernel_size, conv.stride, conv.dilation) == ((3, 3), (1, 1), (1, 1))
         and (conv.padding, conv.padding_mode, conv.groups) == ((1, 1), "zeros", op.inner)
         and "forward" not in vars(mlp)
@@ -145,8 +148,12 @@ def has_plain_settings(block: Block) -> bool:
 
 
 def _is_plain_norm(norm: nn.LayerNorm, dim: int) -> bool:
-    affine = norm.weight is not None and norm.bias is not None
+    affine = norm.elementwise_affine and _has_bias(norm)
     return affine and norm.eps == LN_EPS and norm.normalized_shape == (dim,)
+
+
+def _has_bias(part: nn.Module) -> bool:
+    return part._parameters.get("bias") is not None
 
 
 def run(x: Tensor, keep: Tensor | None, plan: Plan, weights: Weights) -> Tensor:

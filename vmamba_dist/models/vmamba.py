@@ -48,7 +48,7 @@ class PatchMerging(nn.Module):
         return merged
 
 
-def _patch_embed(kind: Literal["v1", "v2"], dim: int, backend: ScanBackend) -> nn.Sequential:
+def _patch_embed(kind: Literal["v1", "v2"], dim: int, backend: ScanBackend = "auto") -> nn.Sequential:
     """(B, 3, H, W) → (B, H/4, W/4, dim). The indices of the parts are official names."""
     if kind == "v1":
         return nn.Sequential(nn.Conv2d(3, dim, STRIDE, STRIDE), to_channels_last(), LayerNorm(dim, backend))
@@ -81,7 +81,9 @@ class _HalvingConv(nn.Conv2d):
         return super().forward(x)
 
 
-def _downsample(kind: Literal["v1", "v3"], dim: int, out_dim: int, backend: ScanBackend) -> nn.Module:
+def _downsample(
+    kind: Literal["v1", "v3"], dim: int, out_dim: int, backend: ScanBackend = "auto"
+) -> nn.Module:
     """(B, H, W, dim) → (B, ⌈H/2⌉, ⌈W/2⌉, out_dim). The indices of the parts are official names."""
     if kind == "v1":
         return PatchMerging(dim, out_dim, backend)
@@ -251,7 +253,9 @@ class VMamba(nn.Module):
             self.layers = nn.ModuleList(
                 Stage(
                     [Block(dim, variant, scan_pattern, scan_backend) for _ in range(depth)],
-                    _downsample(variant.downsample, dim, following, scan_backend) if following else nn.Identity(),
+                    _downsample(variant.downsample, dim, following, scan_backend)
+                    if following
+                    else nn.Identity(),
                 )
                 for dim, following, depth in zip(
                     variant.dims, (*variant.dims[1:], 0), variant.depths, strict=True

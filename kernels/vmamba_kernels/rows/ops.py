@@ -3,9 +3,9 @@
 
 Law: x is (M, C); `keep` (samples) scales the rows of each sample, `per` rows a sample; sums and statistics
 are float32 (float64 for float64). `norm`, `add_norm` and `add_branch` have autograd formulas (`keep`, drawn and not
-learned, gets none and is refused one); the others are the parts that a hand-written backward is put together from, and a second
-derivative through them is refused. To a FLOP counter they are nothing, as torch's own norms and sums are: a fused model
-counts what the plain one does. A compiled model needs none of them: inductor fuses the plain one.
+learned, gets none and is refused one); the others are the parts that a hand-written backward is put together from, and
+a second derivative through them is refused. To a FLOP counter all are nothing, as torch's own norms and sums are: a
+fused model counts what the plain one does. A compiled model needs none of them: inductor fuses the plain one.
 """
 
 import importlib.util
@@ -357,7 +357,9 @@ def _refuse_keep(ctx: Any) -> None:
 
 
 def _refuse(ctx: Any, *gradients: Any) -> None:
-    raise RuntimeError("a part of a backward was differentiated: vmamba_kernels.rows has no second derivatives")
+    raise RuntimeError(
+        "a part of a backward was differentiated: vmamba_kernels.rows has no second derivatives"
+    )
 
 
 norm.register_autograd(_norm_gradients, setup_context=_norm_setup)
@@ -366,7 +368,15 @@ add_branch.register_autograd(_add_branch_gradients, setup_context=_add_branch_se
 for _part in (norm_backward, add_norm_backward, scale_and_sum, gelu_backward):
     _part.register_autograd(_refuse)
 
-_NAMES = "norm add_norm add_branch norm_backward add_norm_backward scale_and_sum gelu_backward".split()
+_NAMES = [
+    "norm",
+    "add_norm",
+    "add_branch",
+    "norm_backward",
+    "add_norm_backward",
+    "scale_and_sum",
+    "gelu_backward",
+]
 
 
 @register_flop_formula([getattr(torch.ops.vmamba, name) for name in _NAMES])
