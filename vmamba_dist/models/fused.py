@@ -128,7 +128,7 @@ def parts_of(block: Block) -> list[tuple[nn.Module, type[nn.Module]]]:
 
 
 def has_plain_settings(block: Block) -> bool:
-    """Whether the modules of `parts_of` are set as the fused block computes them, and none's forward is wrapped."""
+    """Whether the modules of `parts_of` are set as the fused block computes them."""
     op, mlp, conv = block.op, block.mlp, block.op.conv2d
     norms = (
         (block.norm, op.in_proj.in_features),
@@ -142,8 +142,6 @@ def has_plain_settings(block: Block) -> bool:
         and _has_bias(mlp.fc2)
         and (conv.kernel_size, conv.stride, conv.dilation) == ((3, 3), (1, 1), (1, 1))
         and (conv.padding, conv.padding_mode, conv.groups) == ((1, 1), "zeros", op.inner)
-        and "forward" not in vars(mlp)
-        and not any("forward" in vars(part) for part, _ in parts_of(block))
     )
 
 

@@ -181,8 +181,13 @@ class Block(nn.Module):
 
 
 def _listened_to(part: nn.Module) -> bool:
+    """Whether it has hooks, or a forward of its own, as some libraries wrap one."""
     return bool(
-        part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks
+        part._forward_hooks
+        or part._forward_pre_hooks
+        or part._backward_hooks
+        or part._backward_pre_hooks
+        or "forward" in part.__dict__
     )
 
 
