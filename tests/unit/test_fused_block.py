@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from copy import deepcopy
 from typing import Any
@@ -122,6 +123,29 @@ def test_recomputed_it_has_the_same_bits() -> None:
     assert apart(outcome(made, "always", torch.float32), plain) == 0
 
 
+@pytest.mark.parametrize("policy", ["off", "block"])
+def test_run_again_it_lets_go_of_what_it_has_used(policy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When the scan's backward begins, the memory of its output is free; without recomputation autograd holds it."""
+    made = model()
+    apply_recompute(made, policy)
+    used: list[weakref.ref[torch.UntypedStorage]] = []
+    gone = []
+
+    def norm_backward(dy: Tensor, y: Tensor, *rest: Any) -> Any:
+        used.append(weakref.ref(y.untyped_storage()))
+        return right.norm_backward(dy, y, *rest)
+
+    def scan_backward(*args: Any) -> Any:
+        gone.append(used[-1]() is None)
+        return right.scan_backward(*args)
+
+    right = fused.OWN_CODE
+    ops = right._replace(norm_backward=norm_backward, scan_backward=scan_backward)
+    monkeypatch.setattr(fused, "OWN_CODE", ops)
+    outcome(made, "always", torch.float32)
+    assert gone == [policy == "block"] * made.num_blocks
+
+
 def test_a_frozen_weight_gets_no_gradient() -> None:
     made = model()
     block = next(made.blocks())
@@ -202,8 +226,18 @@ def _wrap_the_mlps_forward(block: Block) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        _hook, _replace, _listen, _listen_before, _hook_the_mlp, _replace_the_mlp, _give_a_bias, _reset_a_norm,
-        _pad_otherwise, _drop_a_bias, _wrap_a_forward, _wrap_the_mlps_forward,
+        _hook,
+        _replace,
+        _listen,
+        _listen_before,
+        _hook_the_mlp,
+        _replace_the_mlp,
+        _give_a_bias,
+        _reset_a_norm,
+        _pad_otherwise,
+        _drop_a_bias,
+        _wrap_a_forward,
+        _wrap_the_mlps_forward,
     ],
     ids=lambda f: f.__name__,
 )

@@ -48,12 +48,41 @@ class PatchMerging(nn.Module):
         return merged
 
 
-def _patch_embed(kind: Literal["v1", "v2"], dim: int, backend: ScanBackend) -> nn.Sequential:
-    """(B, 3, H, W) → (B, H/4, W/4, dim). The indices of the parts are official names."""
+Branches = Callable[[Tensor, Tensor | None], Tensor]  # a block's arithmetic: (x, keep) → x
+Recompute = Callable[[Branches, Tensor, Tensor | None], Tensor]
+
+
+def recompute_block(branches: Branches, x: Tensor, keep: Tensor | None) -> Tensor:
+    """Run a block, or the stem, and keep its input alone; the backward runs it again."""
+    # Nothing is drawn at random in them: the generators' state need not be kept.
+    out: Tensor = checkpoint(branches, x, keep, use_reentrant=False, preserve_rng_state=False)
+    return out
+
+
+class PatchEmbed(nn.Sequential):
+    """The stem: images (B, 3, H, W) → tokens (B, H/4, W/4, dim). The indices of its parts are official names.
+
+    `recompute` is as a block's, and called inside forward for the same reasons; a stem has no `keep`.
+    """
+
+    recompute: Recompute | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.recompute is not None and torch.is_grad_enabled():
+            return self.recompute(self._embed, x, None)
+        return self._embed(x)
+
+    def _embed(self, x: Tensor, keep: Tensor | None = None) -> Tensor:
+        # The layout is changed here: a recomputed stem keeps the images that are there anyway, and no copy of them.
+        out: Tensor = super().forward(x.contiguous(memory_format=torch.channels_last))
+        return out
+
+
+def _patch_embed(kind: Literal["v1", "v2"], dim: int, backend: ScanBackend) -> PatchEmbed:
     if kind == "v1":
-        return nn.Sequential(nn.Conv2d(3, dim, STRIDE, STRIDE), to_channels_last(), LayerNorm(dim, backend))
+        return PatchEmbed(nn.Conv2d(3, dim, STRIDE, STRIDE), to_channels_last(), LayerNorm(dim, backend))
     half = dim // 2
-    return nn.Sequential(
+    return PatchEmbed(
         nn.Conv2d(3, half, kernel_size=3, stride=2, padding=1),
         to_channels_last(),
         LayerNorm(half, backend),
@@ -100,17 +129,6 @@ class Mlp(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.fc2(F.gelu(self.fc1(x)))
         return out
-
-
-Branches = Callable[[Tensor, Tensor | None], Tensor]  # a block's arithmetic: (x, keep) → x
-Recompute = Callable[[Branches, Tensor, Tensor | None], Tensor]
-
-
-def recompute_block(branches: Branches, x: Tensor, keep: Tensor | None) -> Tensor:
-    """Run a block and keep its input alone; the backward runs it again."""
-    # Nothing is drawn at random in a block: the generators' state need not be kept.
-    out: Tensor = checkpoint(branches, x, keep, use_reentrant=False, preserve_rng_state=False)
-    return out
 
 
 class Block(nn.Module):
@@ -251,7 +269,9 @@ class VMamba(nn.Module):
             self.layers = nn.ModuleList(
                 Stage(
                     [Block(dim, variant, scan_pattern, scan_backend) for _ in range(depth)],
-                    _downsample(variant.downsample, dim, following, scan_backend) if following else nn.Identity(),
+                    _downsample(variant.downsample, dim, following, scan_backend)
+                    if following
+                    else nn.Identity(),
                 )
                 for dim, following, depth in zip(
                     variant.dims, (*variant.dims[1:], 0), variant.depths, strict=True
@@ -344,7 +364,7 @@ class VMamba(nn.Module):
         elif keep.shape != (x.shape[0], 2 * self.num_blocks):
             wanted = (x.shape[0], 2 * self.num_blocks)
             raise ValueError(f"keep of shape {tuple(keep.shape)}: give (B, 2 * blocks) = {wanted}")
-        x = self.patch_embed(x.contiguous(memory_format=torch.channels_last))
+        x = self.patch_embed(x)
         outputs: list[Tensor] = []
         first = 0
         for stage in self._stage_list()[:num_stages]:
@@ -405,7 +425,8 @@ class VMamba(nn.Module):
         self.num_classes = num_classes
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute each block in the backward instead of keeping its activations."""
+        """Recompute the stem and each block in the backward instead of keeping their activations."""
+        self.patch_embed.recompute = recompute_block if enable else None
         for block in self.blocks():
             block.recompute = recompute_block if enable else None
 
