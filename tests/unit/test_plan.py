@@ -42,7 +42,7 @@ from vmamba_dist.parallel.recompute import apply_recompute
 from vmamba_dist.scaling import memory as planned
 from vmamba_dist.scaling.activations import POLICIES, Policy, WeightBytes, parts, peak
 from vmamba_dist.scaling.command import IMAGENET, ask, plan
-from vmamba_dist.scaling.cost import Place, cost
+from vmamba_dist.scaling.cost import Place, _passes, cost
 from vmamba_dist.scaling.memory import GIB, Job, largest_micro_batch, memory, micro_batches, way_out
 from vmamba_dist.scaling.tiles import cut
 from vmamba_dist.train.ema import Ema
@@ -240,11 +240,15 @@ def test_recomputing_blocks_and_stem_leaves_a_fifth_of_the_materialising_model()
 
 
 def test_where_the_stem_is_recomputed_its_images_alone_are_kept() -> None:
-    """And those are the samples', counted elsewhere."""
+    """And those are the samples', counted elsewhere. Running it again takes its forward's time, the last norm's aside."""
     made = parts(get_variant("vmamba_nano"), 224, 2, compute=2, classes=7, generation="sm_90")
     stem = next(part for part in made if part.is_stem)
     assert stem.kept("off") == stem.kept("selective") == sum(row.keeps for row in stem.rows) > 0
     assert stem.kept("block") == 0
+    seconds = {policy: _passes([stem], policy, gpu_named("h100-80")) for policy in POLICIES}
+    assert seconds["selective"] == seconds["off"]
+    (forward, once), (_, twice) = seconds["off"], seconds["block"]
+    assert 0.7 * forward < twice - once < forward
 
 
 @pytest.mark.skipif(CUDA, reason="with a GPU the steps above run on its fake tensors already")
