@@ -240,7 +240,7 @@ def test_recomputing_blocks_and_stem_leaves_a_fifth_of_the_materialising_model()
 
 
 def test_where_the_stem_is_recomputed_its_images_alone_are_kept() -> None:
-    """And those are the samples', counted elsewhere. Running it again takes its forward's time, the last norm's aside."""
+    """And those are counted as the samples. To run it again takes its forward's time, the last norm's aside."""
     made = parts(get_variant("vmamba_nano"), 224, 2, compute=2, classes=7, generation="sm_90")
     stem = next(part for part in made if part.is_stem)
     assert stem.kept("off") == stem.kept("selective") == sum(row.keeps for row in stem.rows) > 0
