@@ -34,7 +34,7 @@ def apply_recompute(backbone: VMamba, policy: Literal["off", "block", "selective
         "block": recompute_block,
         "selective": recompute_but_scans,
     }
-    # Under selective it keeps all: the stem has no scan, and its keeps are two blocks' worth.
+    # Selective is about the scans, and the stem has none: it keeps all.
     backbone.patch_embed.recompute = recompute_block if policy == "block" else None
     for block in backbone.blocks():
         if policy == "selective":  # which looks for single operations
