@@ -121,7 +121,7 @@ def test_the_stem_is_run_again_under_block_and_keeps_nothing_but_the_images(opti
     for policy, runs in {"off": 1, "selective": 1, "block": 2}.items():
         model = _model(policy, **options)
         assert list(model.state_dict()) == names
-        ran = []
+        ran: list[int] = []
         model.patch_embed[0].register_forward_hook(lambda *_, ran=ran: ran.append(1))
         images = torch.zeros(2, 3, 64, 64)
         tracker = MemTracker()

@@ -135,12 +135,10 @@ def has_plain_settings(block: Block) -> bool:
         (op.out_norm, op.inner),
         (block.norm2, mlp.fc1.in_features),
     )
+    biased = [linear.bias is not None for linear in (op.in_proj, op.out_proj, mlp.fc1, mlp.fc2)]
     return (
         all(_is_plain_norm(norm, dim) for norm, dim in norms)
-        and op.in_proj.bias is None
-        and op.out_proj.bias is None
-        and mlp.fc1.bias is not None
-        and mlp.fc2.bias is not None
+        and biased == [False, False, True, True]
         and (conv.kernel_size, conv.stride, conv.dilation) == ((3, 3), (1, 1), (1, 1))
         and (conv.padding, conv.padding_mode, conv.groups) == ((1, 1), "zeros", op.inner)
         and "forward" not in vars(mlp)

@@ -74,7 +74,8 @@ class PatchEmbed(nn.Sequential):
 
     def _embed(self, x: Tensor, keep: Tensor | None = None) -> Tensor:
         # The layout is changed here: a recomputed stem keeps the images that are there anyway, and no copy of them.
-        out: Tensor = super().forward(x.contiguous(memory_format=torch.channels_last))
+        embed = super().forward
+        out: Tensor = embed(x.contiguous(memory_format=torch.channels_last))  # type: ignore[no-untyped-call]
         return out
 
 
