@@ -179,10 +179,50 @@ def test_sums_and_gelus_backward(shape: tuple[int, int, int], dtype: torch.dtype
     g = F.gelu(h)
     g.backward(case.double("dy").detach())
     assert h.grad is not None
-    dh, again, total = rows.gelu_backward(4 * case.branch, case.dy)
+    again, dh, total = gelu_backward(4 * case.branch, case.dy)
     near(dh, h.grad, 3 * limit)
     near(again, g, limit)
     near(total, h.grad.sum(0), 30 * limit)  # a sum that mostly cancels
+
+
+def gelu_backward(h: Tensor, dg: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """GELU(h), dh and its sum over rows, computed in the place of copies of the same layout."""
+    h, dg = h.clone(), dg.clone()
+    total = rows.gelu_backward_(h, dg)
+    return h, dg, total
+
+
+@pytest.mark.parametrize("interpret", ["0", "1"])
+def test_gelus_backward_writes_over_its_inputs_and_nothing_beside(
+    interpret: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both of a larger tensor each: no element before or behind is touched, and the bits are the same as alone."""
+    monkeypatch.setenv("TRITON_INTERPRET", interpret)
+    case = Case((66, 96, 11), torch.float32)
+    expected = gelu_backward(case.branch, case.dy)
+    if interpret == "0" and not GPU:
+        assert torch.equal(expected[0], F.gelu(case.branch))
+        assert torch.equal(expected[1], torch.ops.aten.gelu_backward(case.dy, case.branch))
+    h, dg = (F.pad(t, (0, 0, 1, 1), value=7.0) for t in (case.branch, case.dy))
+    total = rows.gelu_backward_(h[1:-1], dg[1:-1])
+    for found, wanted in zip((h, dg), expected[:2], strict=True):
+        assert torch.equal(found[1:-1], wanted)
+        assert (found[[0, -1]] == 7).all()
+    assert torch.equal(total, expected[2])
+
+
+def test_what_autograd_follows_is_not_written_over() -> None:
+    """It would take what it finds there for GELU's input."""
+    case = Case((10, 20, 5), torch.float32)
+    for h, dg in (
+        (case.branch.clone().requires_grad_(), case.dy),
+        (case.branch, case.dy.clone().requires_grad_()),
+    ):
+        with pytest.raises(RuntimeError, match="writes over both: detach them"):
+            rows.gelu_backward_(h, dg)
+    with torch.no_grad():
+        h = case.branch * torch.ones(20, device=DEVICE, requires_grad=True)
+        rows.gelu_backward_(h, case.dy.clone())
 
 
 def test_layout_of_the_inputs_does_not_matter() -> None:
@@ -193,7 +233,7 @@ def test_layout_of_the_inputs_does_not_matter() -> None:
         total, y, stats = rows.add_norm(x, branch, case.keep, 11, case.weight, case.bias, EPS)
         return [
             total, y, rows.add_branch(x, branch, case.keep, 11), *rows.scale_and_sum(x, case.keep, 11, x.dtype),
-            *rows.norm(x, case.weight, case.bias, EPS, x.dtype), *rows.gelu_backward(branch, residual),
+            *rows.norm(x, case.weight, case.bias, EPS, x.dtype), *gelu_backward(branch, residual),
             *rows.norm_backward(branch, x, stats, case.weight, case.bias, x.dtype),
             *rows.add_norm_backward(branch, residual, x, stats, case.weight, case.bias, case.keep, 11),
         ]  # fmt: skip
@@ -229,7 +269,7 @@ def test_ops_are_what_they_say() -> None:
         (ops.norm_backward, (case.dy, total, stats, *parameters, torch.float32)),
         (ops.add_norm_backward, (case.dy, case.residual, total, stats, *parameters, case.keep, 5)),
         (ops.scale_and_sum, (case.x, case.keep, 5, torch.float32)),
-        (ops.gelu_backward, (case.branch, case.dy)),
+        (ops.gelu_backward_, (case.branch, case.dy)),
         (ops.norm_backward, (case.dy.t().contiguous().t(), total, stats, *parameters, None)),
     ):
         torch.library.opcheck(op.default, args)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from copy import deepcopy
 from typing import Any
@@ -120,6 +121,39 @@ def test_recomputed_it_has_the_same_bits() -> None:
     plain = outcome(made, "always", torch.float32)
     apply_recompute(made, "block")
     assert apart(outcome(made, "always", torch.float32), plain) == 0
+
+
+@pytest.mark.parametrize("policy", ["off", "block"])
+def test_run_again_it_lets_go_of_what_it_has_used(policy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When the scan's backward begins, the memory of its output and of the sum after it is free.
+
+    Without recomputation autograd holds both to the end.
+    """
+    monkeypatch.setenv("TRITON_INTERPRET", "0")  # which holds what a kernel was given
+    made = model()
+    apply_recompute(made, policy)
+    used: list[weakref.ref[torch.UntypedStorage]] = []
+    gone = []
+
+    def add_norm_backward(dy: Tensor, residual: Tensor, total: Tensor, *rest: Any) -> Any:
+        used[:] = [weakref.ref(total.untyped_storage())]
+        return right.add_norm_backward(dy, residual, total, *rest)
+
+    def norm_backward(dy: Tensor, y: Tensor, *rest: Any) -> Any:
+        used.append(weakref.ref(y.untyped_storage()))
+        return right.norm_backward(dy, y, *rest)
+
+    def scan_backward(*args: Any) -> Any:
+        gone.append([storage() is None for storage in used])
+        return right.scan_backward(*args)
+
+    right = fused.OWN_CODE
+    ops = right._replace(
+        add_norm_backward=add_norm_backward, norm_backward=norm_backward, scan_backward=scan_backward
+    )
+    monkeypatch.setattr(fused, "OWN_CODE", ops)
+    outcome(made, "always", torch.float32)
+    assert gone == [[policy == "block"] * 2] * made.num_blocks
 
 
 def test_a_frozen_weight_gets_no_gradient() -> None:

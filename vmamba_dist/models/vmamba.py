@@ -48,12 +48,42 @@ class PatchMerging(nn.Module):
         return merged
 
 
-def _patch_embed(kind: Literal["v1", "v2"], dim: int, backend: ScanBackend = "auto") -> nn.Sequential:
-    """(B, 3, H, W) → (B, H/4, W/4, dim). The indices of the parts are official names."""
+Branches = Callable[[Tensor, Tensor | None], Tensor]  # a block's arithmetic: (x, keep) → x
+Recompute = Callable[[Branches, Tensor, Tensor | None], Tensor]
+
+
+def recompute_block(branches: Branches, x: Tensor, keep: Tensor | None) -> Tensor:
+    """Run a block, or the stem, and keep its input alone; the backward runs it again."""
+    # Nothing is drawn at random in them: the generators' state need not be kept.
+    out: Tensor = checkpoint(branches, x, keep, use_reentrant=False, preserve_rng_state=False)
+    return out
+
+
+class PatchEmbed(nn.Sequential):
+    """The stem: images (B, 3, H, W) → tokens (B, H/4, W/4, dim). The indices of its parts are official names.
+
+    `recompute` is as a block's, and called inside forward for the same reasons; a stem has no `keep`.
+    """
+
+    recompute: Recompute | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.recompute is not None and torch.is_grad_enabled():
+            return self.recompute(self._embed, x, None)
+        return self._embed(x)
+
+    def _embed(self, x: Tensor, keep: Tensor | None = None) -> Tensor:
+        # The layout is changed here: a recomputed stem keeps the images that are there anyway, and no copy of them.
+        embed = super().forward
+        out: Tensor = embed(x.contiguous(memory_format=torch.channels_last))  # type: ignore[no-untyped-call]
+        return out
+
+
+def _patch_embed(kind: Literal["v1", "v2"], dim: int, backend: ScanBackend) -> PatchEmbed:
     if kind == "v1":
-        return nn.Sequential(nn.Conv2d(3, dim, STRIDE, STRIDE), to_channels_last(), LayerNorm(dim, backend))
+        return PatchEmbed(nn.Conv2d(3, dim, STRIDE, STRIDE), to_channels_last(), LayerNorm(dim, backend))
     half = dim // 2
-    return nn.Sequential(
+    return PatchEmbed(
         nn.Conv2d(3, half, kernel_size=3, stride=2, padding=1),
         to_channels_last(),
         LayerNorm(half, backend),
@@ -81,9 +111,7 @@ class _HalvingConv(nn.Conv2d):
         return super().forward(x)
 
 
-def _downsample(
-    kind: Literal["v1", "v3"], dim: int, out_dim: int, backend: ScanBackend = "auto"
-) -> nn.Module:
+def _downsample(kind: Literal["v1", "v3"], dim: int, out_dim: int, backend: ScanBackend) -> nn.Module:
     """(B, H, W, dim) → (B, ⌈H/2⌉, ⌈W/2⌉, out_dim). The indices of the parts are official names."""
     if kind == "v1":
         return PatchMerging(dim, out_dim, backend)
@@ -102,17 +130,6 @@ class Mlp(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.fc2(F.gelu(self.fc1(x)))
         return out
-
-
-Branches = Callable[[Tensor, Tensor | None], Tensor]  # a block's arithmetic: (x, keep) → x
-Recompute = Callable[[Branches, Tensor, Tensor | None], Tensor]
-
-
-def recompute_block(branches: Branches, x: Tensor, keep: Tensor | None) -> Tensor:
-    """Run a block and keep its input alone; the backward runs it again."""
-    # Nothing is drawn at random in a block: the generators' state need not be kept.
-    out: Tensor = checkpoint(branches, x, keep, use_reentrant=False, preserve_rng_state=False)
-    return out
 
 
 class Block(nn.Module):
@@ -353,7 +370,7 @@ class VMamba(nn.Module):
         elif keep.shape != (x.shape[0], 2 * self.num_blocks):
             wanted = (x.shape[0], 2 * self.num_blocks)
             raise ValueError(f"keep of shape {tuple(keep.shape)}: give (B, 2 * blocks) = {wanted}")
-        x = self.patch_embed(x.contiguous(memory_format=torch.channels_last))
+        x = self.patch_embed(x)
         outputs: list[Tensor] = []
         first = 0
         for stage in self._stage_list()[:num_stages]:
@@ -414,7 +431,8 @@ class VMamba(nn.Module):
         self.num_classes = num_classes
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute each block in the backward instead of keeping its activations."""
+        """Recompute the stem and each block in the backward instead of keeping their activations."""
+        self.patch_embed.recompute = recompute_block if enable else None
         for block in self.blocks():
             block.recompute = recompute_block if enable else None
 

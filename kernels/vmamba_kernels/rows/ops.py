@@ -4,15 +4,15 @@
 Law: x is (M, C); `keep` (samples) scales the rows of each sample, `per` rows a sample; sums and statistics
 are float32 (float64 for float64). `norm`, `add_norm` and `add_branch` have autograd formulas (`keep`, drawn and not
 learned, gets none and is refused one); the others are the parts that a hand-written backward is put together from, and
-a second derivative through them is refused. To a FLOP counter all are nothing, as torch's own norms and sums are: a
-fused model counts what the plain one does. A compiled model needs none of them: inductor fuses the plain one.
+a second derivative through them is refused. One of them, `gelu_backward_`, writes over its inputs. To a FLOP counter
+they are nothing, as torch's own norms and sums are: a fused model counts what the plain one does. A compiled model
+needs none of them: inductor fuses the plain one.
 """
 
 import importlib.util
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
@@ -265,29 +265,38 @@ def _(x: Tensor, keep: Tensor | None, per: int, dtype: torch.dtype) -> tuple[Ten
     return x.new_empty(x.shape, dtype=dtype), x.new_empty(x.shape[1], dtype=_wide(x))
 
 
-@custom_op("vmamba::gelu_backward")
-def gelu_backward(h: Tensor, dg: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return dh of g = GELU(h) by the error function, g, and the sum of dh over rows (C)."""
-    h, dg = _lines(h, dg)
-    if not _as_triton(h):
-        dh = torch.ops.aten.gelu_backward(dg, h)
-        return dh, F.gelu(h), dh.sum(0, dtype=_wide(h))
-    rows, channels = h.shape
-    dh, g = torch.empty_like(h), torch.empty_like(h)
-    grid, sums = _walk(h)
-    with torch.cuda.device_of(h):
-        launch(
-            rows_gelu_backward,
-            grid,
-            (h, dg, dh, g, sums, rows),
-            {"C": channels, "COLUMNS": COLUMNS, "ROWS": TILE // COLUMNS, "PROGRAMS": grid[0], "num_warps": 4},
-        )  # fmt: skip
-    return dh, g, sums.sum(0)
+@custom_op("vmamba::gelu_backward_", mutates=("h", "dg"))
+def gelu_backward_(h: Tensor, dg: Tensor) -> Tensor:
+    """Put g = GELU(h), by the error function, in the place of h and dh in that of dg; return dh's sum over rows (C).
+
+    Raises RuntimeError where autograd would take either for what it was.
+    """
+    if h.requires_grad or dg.requires_grad:
+        raise RuntimeError("h or dg requires a gradient, and gelu_backward_ writes over both: detach them")
+    h_lines, dg_lines = _lines(h, dg)
+    if _as_triton(h):
+        grid, sums = _walk(h)
+        with torch.cuda.device_of(h):
+            launch(
+                rows_gelu_backward,
+                grid,
+                (h_lines, dg_lines, sums, h.shape[0]),
+                {"C": h.shape[1], "COLUMNS": COLUMNS, "ROWS": TILE // COLUMNS, "PROGRAMS": grid[0], "num_warps": 4},
+            )  # fmt: skip
+        total = sums.sum(0)
+    else:
+        torch.ops.aten.gelu_backward.grad_input(dg_lines, h_lines, grad_input=dg_lines)
+        torch.ops.aten.gelu_(h_lines)
+        total = dg_lines.sum(0, dtype=_wide(h))
+    for tensor, lines in ((h, h_lines), (dg, dg_lines)):
+        if lines is not tensor:
+            tensor.copy_(lines)
+    return total
 
 
-@gelu_backward.register_fake
-def _(h: Tensor, dg: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return h.new_empty(h.shape), h.new_empty(h.shape), h.new_empty(h.shape[1], dtype=_wide(h))
+@gelu_backward_.register_fake
+def _(h: Tensor, dg: Tensor) -> Tensor:
+    return h.new_empty(h.shape[1], dtype=_wide(h))
 
 
 def _walk(x: Tensor) -> tuple[tuple[int, int], Tensor]:
@@ -365,18 +374,18 @@ def _refuse(ctx: Any, *gradients: Any) -> None:
 norm.register_autograd(_norm_gradients, setup_context=_norm_setup)
 add_norm.register_autograd(_add_norm_gradients, setup_context=_add_norm_setup)
 add_branch.register_autograd(_add_branch_gradients, setup_context=_add_branch_setup)
-for _part in (norm_backward, add_norm_backward, scale_and_sum, gelu_backward):
+for _part in (norm_backward, add_norm_backward, scale_and_sum):
     _part.register_autograd(_refuse)
 
-_NAMES = [
+_NAMES = (
     "norm",
     "add_norm",
     "add_branch",
     "norm_backward",
     "add_norm_backward",
     "scale_and_sum",
-    "gelu_backward",
-]
+    "gelu_backward_",
+)
 
 
 @register_flop_formula([getattr(torch.ops.vmamba, name) for name in _NAMES])
