@@ -6,7 +6,7 @@ out anew at every launch what the kernel is specialised on. That is the key here
 every address is a multiple of 16.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -47,11 +47,11 @@ def own_code(op: Any) -> Callable[..., Any]:
     return function
 
 
-def custom_op(name: str) -> Callable[[Callable[..., Any]], CustomOpDef]:
-    """`torch.library.custom_op` with nothing mutated; `own_code` gives the function back."""
+def custom_op(name: str, mutates: Iterable[str] = ()) -> Callable[[Callable[..., Any]], CustomOpDef]:
+    """`torch.library.custom_op`, by default with nothing mutated; `own_code` gives the function back."""
 
     def register(function: Callable[..., Any]) -> CustomOpDef:
-        op = torch.library.custom_op(name, function, mutates_args=())
+        op = torch.library.custom_op(name, function, mutates_args=mutates)
         op.own_code = function  # type: ignore[attr-defined]
         return op
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from vmamba_kernels import rows
 from vmamba_kernels.testing import golden_tensor, relative_rms
@@ -26,7 +27,9 @@ DTYPES = [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
 @pytest.fixture(autouse=True)
 def _poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Fresh memory is NaN: an element that a kernel leaves out is seen."""
-    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)  # a trainer switches it off
+    monkeypatch.setattr(
+        torch.utils.deterministic, "fill_uninitialized_memory", True
+    )  # a trainer switches it off
     torch.use_deterministic_algorithms(True, warn_only=True)
     assert torch.empty(3, device=DEVICE).isnan().all()
     yield
@@ -96,8 +99,52 @@ def test_a_norm_with_a_sum_before_it_is_the_definition(
     ):
         assert expected is not None
         near(found, expected, 3 * limit)
+    _same_by_autograd(case, (dx, d_branch, *d_parameters))
     near(rows.add_branch(case.x, case.branch, case.keep, case.per), total, limit)
     near(rows.add_branch(case.x, case.branch, None, case.per), x + branch, limit)
+
+
+def _same_by_autograd(case: Case, expected: tuple[Tensor, ...]) -> None:
+    leaves = [t.detach().clone().requires_grad_() for t in (case.x, case.branch, case.weight, case.bias)]
+    x, branch, weight, bias = leaves
+    total, y, _ = rows.add_norm(x, branch, case.keep, case.per, weight, bias, EPS)
+    found = torch.autograd.grad([total, y], leaves, [case.residual, case.dy])
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_sum_has_the_gradients_of_a_sum(dtype: torch.dtype) -> None:
+    """Alone, and where nobody asks for the norm beside it."""
+    case = Case(SHAPES[1], dtype)
+    x, branch = (t.detach().clone().requires_grad_() for t in (case.x, case.branch))
+    keep = case.keep.repeat_interleave(case.per)[:, None]
+    sums = (
+        rows.add_branch(x, branch, case.keep, case.per),
+        rows.add_norm(x, branch, case.keep, case.per, case.weight, case.bias, EPS)[0],
+    )
+    for total in sums:
+        dx, d_branch = torch.autograd.grad(total, (x, branch), case.residual)
+        assert torch.equal(dx, case.residual)
+        near(d_branch, (case.residual * keep).cpu(), TOLERANCE[dtype])
+
+
+def test_no_gradient_is_left_out_in_silence() -> None:
+    case = Case(SHAPES[0], torch.float32)
+    x, keep = case.x.clone().requires_grad_(), case.keep.clone().requires_grad_()
+    with pytest.raises(RuntimeError, match="keep requires a gradient"):
+        rows.add_branch(x, case.branch, keep, case.per).sum().backward()
+    y = rows.layer_norm(x, case.weight, case.bias, EPS, torch.float32)
+    (grad,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivatives"):
+        grad.sum().backward()
+
+
+def test_to_a_flop_counter_rows_are_nothing() -> None:
+    case = Case(SHAPES[0], torch.float32)
+    with FlopCounterMode(display=False) as counter:
+        rows.add_norm(case.x, case.branch, case.keep, case.per, case.weight, case.bias, EPS)
+        torch.mm(case.x.t(), case.x)
+    assert counter.get_total_flops() == 2 * case.x.shape[0] * case.x.shape[1] ** 2
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -132,10 +179,69 @@ def test_sums_and_gelus_backward(shape: tuple[int, int, int], dtype: torch.dtype
     g = F.gelu(h)
     g.backward(case.double("dy").detach())
     assert h.grad is not None
-    dh, again, total = rows.gelu_backward(4 * case.branch, case.dy)
+    again, dh, total = gelu_backward(4 * case.branch, case.dy)
     near(dh, h.grad, 3 * limit)
     near(again, g, limit)
     near(total, h.grad.sum(0), 30 * limit)  # a sum that mostly cancels
+
+
+def gelu_backward(h: Tensor, dg: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """GELU(h), dh and its sum over rows, computed in the place of copies of the same layout."""
+    h, dg = h.clone(), dg.clone()
+    total = rows.gelu_backward_(h, dg)
+    return h, dg, total
+
+
+@pytest.mark.parametrize("interpret", ["0", "1"])
+def test_gelus_backward_writes_over_its_inputs_and_nothing_beside(
+    interpret: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both of a larger tensor each: no element before or behind is touched, and the bits are the same as alone."""
+    monkeypatch.setenv("TRITON_INTERPRET", interpret)
+    case = Case((66, 96, 11), torch.float32)
+    expected = gelu_backward(case.branch, case.dy)
+    if interpret == "0" and not GPU:
+        assert torch.equal(expected[0], F.gelu(case.branch))
+        assert torch.equal(expected[1], torch.ops.aten.gelu_backward(case.dy, case.branch))
+    h, dg = (F.pad(t, (0, 0, 1, 1), value=7.0) for t in (case.branch, case.dy))
+    total = rows.gelu_backward_(h[1:-1], dg[1:-1])
+    for found, wanted in zip((h, dg), expected[:2], strict=True):
+        assert torch.equal(found[1:-1], wanted)
+        assert (found[[0, -1]] == 7).all()
+    assert torch.equal(total, expected[2])
+
+
+def test_what_autograd_follows_is_not_written_over() -> None:
+    """It would take what it finds there for GELU's input."""
+    case = Case((10, 20, 5), torch.float32)
+    for h, dg in (
+        (case.branch.clone().requires_grad_(), case.dy),
+        (case.branch, case.dy.clone().requires_grad_()),
+    ):
+        with pytest.raises(RuntimeError, match="writes over both: detach them"):
+            rows.gelu_backward_(h, dg)
+    with torch.no_grad():
+        h = case.branch * torch.ones(20, device=DEVICE, requires_grad=True)
+        rows.gelu_backward_(h, case.dy.clone())
+
+
+def test_layout_of_the_inputs_does_not_matter() -> None:
+    case = Case((66, 96, 11), torch.float32)
+
+    def every_op(*t: Tensor) -> list[Tensor]:
+        x, branch, residual = t
+        total, y, stats = rows.add_norm(x, branch, case.keep, 11, case.weight, case.bias, EPS)
+        return [
+            total, y, rows.add_branch(x, branch, case.keep, 11), *rows.scale_and_sum(x, case.keep, 11, x.dtype),
+            *rows.norm(x, case.weight, case.bias, EPS, x.dtype), *gelu_backward(branch, residual),
+            *rows.norm_backward(branch, x, stats, case.weight, case.bias, x.dtype),
+            *rows.add_norm_backward(branch, residual, x, stats, case.weight, case.bias, case.keep, 11),
+        ]  # fmt: skip
+
+    tensors = (case.x, case.branch, case.residual)
+    turned = (t.t().contiguous().t() for t in tensors)
+    for found, expected in zip(every_op(*turned), every_op(*tensors), strict=True):
+        assert torch.equal(found, expected)
 
 
 def test_the_same_input_gives_the_same_bits() -> None:
@@ -154,14 +260,17 @@ def test_ops_are_what_they_say() -> None:
     parameters = (case.weight, case.bias)
     total, _, stats = rows.add_norm(case.x, case.branch, case.keep, 5, *parameters, EPS)
     ops, leaves = torch.ops.vmamba, [t.clone().requires_grad_() for t in (case.x, *parameters)]
+    branch = case.branch.clone().requires_grad_()
     for op, args in (
         (ops.norm, (*leaves, EPS, torch.float32)),
-        (ops.add_norm, (case.x, case.branch, case.keep, 5, *parameters, EPS)),
-        (ops.add_branch, (case.x, case.branch, None, 5)),
+        (ops.add_norm, (leaves[0], branch, case.keep, 5, *leaves[1:], EPS)),
+        (ops.add_branch, (leaves[0], branch, case.keep, 5)),
+        (ops.add_branch, (leaves[0], branch, None, 5)),
         (ops.norm_backward, (case.dy, total, stats, *parameters, torch.float32)),
         (ops.add_norm_backward, (case.dy, case.residual, total, stats, *parameters, case.keep, 5)),
         (ops.scale_and_sum, (case.x, case.keep, 5, torch.float32)),
-        (ops.gelu_backward, (case.branch, case.dy)),
+        (ops.gelu_backward_, (case.branch, case.dy)),
+        (ops.norm_backward, (case.dy.t().contiguous().t(), total, stats, *parameters, None)),
     ):
         torch.library.opcheck(op.default, args)
 

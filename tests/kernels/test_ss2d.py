@@ -65,6 +65,14 @@ def test_fast_is_the_permuted_reference(shape, pattern):
     assert worst(value_and_gradients(scan, inputs, torch.float32), expected) <= 2e-6
 
 
+def test_one_direction_after_the_other_adds_the_same(monkeypatch):
+    """As on a GPU, where four at once would be added in any order."""
+    inputs, add = IMAGE_SHAPES[0].inputs(), fast._add_tokens
+    expected = value_and_gradients(ss2d_scan, inputs)
+    monkeypatch.setattr(fast, "_add_tokens", lambda *args, **_: add(*args, at_once=False))
+    assert worst(value_and_gradients(ss2d_scan, inputs), expected) <= 1e-12
+
+
 def test_chunks_pass_their_state_on(monkeypatch):
     """Holds the carry: with chunks of 16 steps, a state dropped between two of them changes y."""
     monkeypatch.setattr(recurrence, "CHUNK_ELEMENTS", 1)
@@ -290,6 +298,18 @@ def test_triton_in_half_precision_errs_by_its_rounding(dtype, shape, cut):
     cut(SMALL)
     tolerance = 8e-3 if dtype == torch.bfloat16 and not GPU else TOLERANCE[dtype]
     assert above(errors(tensors(shape, dtype)), tolerance) == {}
+
+
+def test_a_state_beyond_float16_is_kept(cut):
+    """States of 10^5, of which a small C makes outputs of 10^2."""
+    cut(SMALL)
+    inputs = tensors(MINI, torch.float16)
+    directions = inputs["projected"].view(*inputs["projected"].shape[:3], 4, -1)
+    inputs["x"].fill_(400)
+    inputs["dy"].mul_(1e-2)  # or C's gradient, a sum of states, is itself beyond float16
+    directions[..., 2] = 400
+    directions[..., 3] = 1e-3
+    assert above(errors(inputs), 2e-3) == {}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from copy import deepcopy
 from typing import Any
@@ -81,6 +82,16 @@ def test_in_float32_through_the_kernels() -> None:
     assert apart(outcome(made, "always", torch.float32), exact) <= 3e-5
 
 
+def test_the_kernels_padded_projection_gives_the_same_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A direction of 1 + 2 columns is padded to 8 for the kernels alone."""
+    if not GPU:
+        pytest.importorskip("triton")
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+    exact = outcome(model().double(), "never", torch.float64)
+    made = model(scan_backend="triton")
+    assert apart(outcome(made, "always", torch.float32), exact) <= 3e-5
+
+
 @pytest.mark.parametrize("name", ["y", "gradients"])
 def test_in_bfloat16_it_errs_no_more_than_the_composition(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "0")  # which truncates to bfloat16
@@ -110,6 +121,39 @@ def test_recomputed_it_has_the_same_bits() -> None:
     plain = outcome(made, "always", torch.float32)
     apply_recompute(made, "block")
     assert apart(outcome(made, "always", torch.float32), plain) == 0
+
+
+@pytest.mark.parametrize("policy", ["off", "block"])
+def test_run_again_it_lets_go_of_what_it_has_used(policy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When the scan's backward begins, the memory of its output and of the sum after it is free.
+
+    Without recomputation autograd holds both to the end.
+    """
+    monkeypatch.setenv("TRITON_INTERPRET", "0")  # which holds what a kernel was given
+    made = model()
+    apply_recompute(made, policy)
+    used: list[weakref.ref[torch.UntypedStorage]] = []
+    gone = []
+
+    def add_norm_backward(dy: Tensor, residual: Tensor, total: Tensor, *rest: Any) -> Any:
+        used[:] = [weakref.ref(total.untyped_storage())]
+        return right.add_norm_backward(dy, residual, total, *rest)
+
+    def norm_backward(dy: Tensor, y: Tensor, *rest: Any) -> Any:
+        used.append(weakref.ref(y.untyped_storage()))
+        return right.norm_backward(dy, y, *rest)
+
+    def scan_backward(*args: Any) -> Any:
+        gone.append([storage() is None for storage in used])
+        return right.scan_backward(*args)
+
+    right = fused.OWN_CODE
+    ops = right._replace(
+        add_norm_backward=add_norm_backward, norm_backward=norm_backward, scan_backward=scan_backward
+    )
+    monkeypatch.setattr(fused, "OWN_CODE", ops)
+    outcome(made, "always", torch.float32)
+    assert gone == [[policy == "block"] * 2] * made.num_blocks
 
 
 def test_a_frozen_weight_gets_no_gradient() -> None:
@@ -161,9 +205,50 @@ def _replace_the_mlp(block: Block) -> None:
     block.mlp = nn.Identity()  # type: ignore[assignment]
 
 
+def _give_a_bias(block: Block) -> None:
+    dim, inner = block.op.out_proj.weight.shape
+    block.op.out_proj = nn.Linear(inner, dim, device=DEVICE)
+
+
+def _reset_a_norm(block: Block) -> None:
+    block.norm2.eps = 0.1
+
+
+def _pad_otherwise(block: Block) -> None:
+    block.op.conv2d.padding_mode = "circular"
+
+
+def _drop_a_bias(block: Block) -> None:
+    block.mlp.fc1.bias = None
+
+
+def _wrap_a_forward(block: Block) -> None:
+    """As accelerate does."""
+    right = block.op.in_proj.forward
+    block.op.in_proj.forward = lambda x: 2 * right(x)  # type: ignore[method-assign]
+
+
+def _wrap_the_mlps_forward(block: Block) -> None:
+    right = block.mlp.forward
+    block.mlp.forward = lambda x: 2 * right(x)  # type: ignore[method-assign]
+
+
 @pytest.mark.parametrize(
     "change",
-    [_hook, _replace, _listen, _listen_before, _hook_the_mlp, _replace_the_mlp],
+    [
+        _hook,
+        _replace,
+        _listen,
+        _listen_before,
+        _hook_the_mlp,
+        _replace_the_mlp,
+        _give_a_bias,
+        _reset_a_norm,
+        _pad_otherwise,
+        _drop_a_bias,
+        _wrap_a_forward,
+        _wrap_the_mlps_forward,
+    ],
     ids=lambda f: f.__name__,
 )
 def test_it_steps_aside_for_whoever_looks_at_the_modules(

@@ -45,11 +45,11 @@ def _module(case: str) -> tuple[nn.Module, str, tuple[int, ...]]:
         case "block":
             return Block(32, get_variant("vmamba_atto"), "cross2d", "auto"), "NCHW", (1, 32, 6, 10)
         case "patch_embed_v2":
-            return _patch_embed("v2", 32), "image", (1, 3, 24, 40)
+            return _patch_embed("v2", 32, "auto"), "image", (1, 3, 24, 40)
         case "downsample_v3":
-            return _downsample("v3", 32, 64), "NCHW", (1, 32, 6, 10)
+            return _downsample("v3", 32, 64, "auto"), "NCHW", (1, 32, 6, 10)
         case "downsample_v1":
-            return _downsample("v1", 32, 64), "NHWC", (1, 6, 10, 32)
+            return _downsample("v1", 32, 64, "auto"), "NHWC", (1, 6, 10, 32)
     raise AssertionError(case)
 
 

@@ -39,14 +39,15 @@ MODELS: dict[str, dict[str, Any]] = {
 
 
 class _Scans(TorchDispatchMode):
-    """Counts the forwards of both scan operations."""
+    """Counts the forwards of both scan operations, and the gathers of sharded weights."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.count = 0
+        self.count = self.gathers = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.count += func in (torch.ops.vmamba.ss2d_scan.default, torch.ops.vmamba.selective_scan.default)
+        self.gathers += func is torch.ops.c10d._allgather_base_.default
         return func(*args, **(kwargs or {}))
 
 
@@ -113,6 +114,31 @@ def test_peak_memory_falls() -> None:
     assert peaks["selective"] < 0.9 * peaks["off"]
 
 
+@pytest.mark.parametrize("options", [{}, {"patch_embed": "v1"}], ids=["two convolutions", "one"])
+def test_the_stem_is_run_again_under_block_and_keeps_nothing_but_the_images(options: dict[str, Any]) -> None:
+    """Not even a copy of them, though its convolution wants another layout."""
+    names = list(_model("off", **options).state_dict())
+    for policy, runs in {"off": 1, "selective": 1, "block": 2}.items():
+        model = _model(policy, **options)
+        assert list(model.state_dict()) == names
+        ran: list[int] = []
+        model.patch_embed[0].register_forward_hook(lambda *_, ran=ran: ran.append(1))
+        images = torch.zeros(2, 3, 64, 64)
+        tracker = MemTracker()
+        tracker.track_external(model, images)
+
+        def live(tracker: MemTracker = tracker) -> int:
+            return tracker.get_tracker_snapshot("current")[torch.device("cpu")]["Total"]
+
+        with tracker:
+            before = live()
+            tokens = model.patch_embed(images)
+            kept = live() - before - tokens.nbytes
+            tokens.sum().backward()
+        assert (kept == 0) == (policy == "block")
+        assert len(ran) == runs
+
+
 def test_without_gradients_nothing_is_run_twice() -> None:
     model = _model("selective")
     with torch.no_grad(), _Scans() as scans:
@@ -128,12 +154,16 @@ def test_the_policy_is_what_was_set_last_and_timm_sees_it() -> None:
     with _Scans() as scans:
         _step(model)
     assert scans.count == 2 * model.num_blocks
+    assert model.patch_embed.recompute is not None
     model.set_grad_checkpointing(False)
     assert not model.grad_checkpointing
+    assert model.patch_embed.recompute is None
     apply_recompute(model, "block")
     assert model.grad_checkpointing
+    assert model.patch_embed.recompute is not None
     apply_recompute(model, "off")
     assert not model.grad_checkpointing
+    assert model.patch_embed.recompute is None
 
 
 @contextmanager
@@ -171,8 +201,8 @@ def test_compiled_blocks_recompute_alike(policy: str, monkeypatch: pytest.Monkey
         torch.testing.assert_close(p.grad, q.grad)
 
 
-def sharded_step(policy: str) -> tuple[float, list[bytes], int]:
-    """On a rank: the loss, its shards of the gradients, and the scans run, with every block sharded."""
+def sharded_step(policy: str) -> tuple[float, list[bytes], int, int]:
+    """On a rank: the loss, its shards of the gradients, the scans run and gathers made, with every block sharded."""
     model = _model(policy)
     for block in model.blocks():
         fully_shard(block)
@@ -180,21 +210,22 @@ def sharded_step(policy: str) -> tuple[float, list[bytes], int]:
     with _Scans() as scans:
         loss = _step(model)
     grads = [p.grad.to_local().numpy().tobytes() for p in model.parameters() if p.grad is not None]
-    return float(loss), grads, scans.count
+    return float(loss), grads, scans.count, scans.gathers
 
 
 @pytest.mark.distributed
 def test_sharded_blocks_recompute_alike() -> None:
-    """Recompute, then shard: no bit changes, and the scans are counted as without sharding."""
+    """Recompute, then shard: no bit changes, scans are counted as without sharding, and nothing is gathered anew."""
     plain = world(2).run(sharded_step, "off")
     for policy in POLICIES:
-        for (loss, grads, count), (loss_off, grads_off, once) in zip(
+        for (loss, grads, count, gathers), (loss_off, grads_off, once, gathers_off) in zip(
             world(2).run(sharded_step, policy), plain, strict=True
         ):
             assert loss == loss_off
             assert grads == grads_off
             assert len(grads) > 20
             assert count == SCANS[policy] * once
+            assert gathers == gathers_off > 0
 
 
 def test_every_model_has_blocks_to_recompute() -> None:

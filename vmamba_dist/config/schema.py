@@ -377,7 +377,7 @@ class ParallelConfig:
     micro_batch: int | None = replaceable(None)  # most samples a rank holds at once; null: all of its share
     recompute: Literal["off", "block", "selective"] = replaceable(
         "off"
-    )  # block: activations are recomputed block by block; selective: all but the scan's outputs
+    )  # block: activations are recomputed, the stem's and block by block; selective: blocks', but the scan's outputs
     compile: Literal["off", "block"] = replaceable("off")  # torch.compile a block; slow to start on a CPU
     timeout_s: float = replaceable(600.0)  # a collective that takes longer is a failure
 

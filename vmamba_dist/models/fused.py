@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vmamba_dist.models.ss2d import SS2D, LayerNorm
+from vmamba_dist.models.ss2d import LN_EPS, SS2D, LayerNorm
 from vmamba_kernels import rows
 from vmamba_kernels.launch import own_code, unobserved
 from vmamba_kernels.ss2d.op import scan_backward, scan_forward
@@ -74,7 +74,7 @@ class Ops(NamedTuple):
     add_branch: Callable[..., Any]
     scan: Callable[..., Any]
     scale_and_sum: Callable[..., Any]
-    gelu_backward: Callable[..., Any]
+    gelu_backward_: Callable[..., Any]
     norm_backward: Callable[..., Any]
     add_norm_backward: Callable[..., Any]
     scan_backward: Callable[..., Any]
@@ -82,7 +82,7 @@ class Ops(NamedTuple):
 
 OPS = Ops(
     rows.norm, rows.add_norm, rows.add_branch, scan_forward,
-    rows.scale_and_sum, rows.gelu_backward, rows.norm_backward, rows.add_norm_backward, scan_backward,
+    rows.scale_and_sum, rows.gelu_backward_, rows.norm_backward, rows.add_norm_backward, scan_backward,
 )  # fmt: skip
 OWN_CODE = Ops(*(own_code(op) for op in OPS))
 
@@ -125,6 +125,33 @@ def parts_of(block: Block) -> list[tuple[nn.Module, type[nn.Module]]]:
         (op.in_proj, nn.Linear), (op.conv2d, nn.Conv2d), (op.out_proj, nn.Linear),
         (mlp.fc1, nn.Linear), (mlp.fc2, nn.Linear),
     ]  # fmt: skip
+
+
+def has_plain_settings(block: Block) -> bool:
+    """Whether the modules of `parts_of` are set as the fused block computes them."""
+    op, mlp, conv = block.op, block.mlp, block.op.conv2d
+    norms = (
+        (block.norm, op.in_proj.in_features),
+        (op.out_norm, op.inner),
+        (block.norm2, mlp.fc1.in_features),
+    )
+    return (
+        all(_is_plain_norm(norm, dim) for norm, dim in norms)
+        and not (_has_bias(op.in_proj) or _has_bias(op.out_proj))
+        and _has_bias(mlp.fc1)
+        and _has_bias(mlp.fc2)
+        and (conv.kernel_size, conv.stride, conv.dilation) == ((3, 3), (1, 1), (1, 1))
+        and (conv.padding, conv.padding_mode, conv.groups) == ((1, 1), "zeros", op.inner)
+    )
+
+
+def _is_plain_norm(norm: nn.LayerNorm, dim: int) -> bool:
+    affine = norm.elementwise_affine and _has_bias(norm)
+    return affine and norm.eps == LN_EPS and norm.normalized_shape == (dim,)
+
+
+def _has_bias(part: nn.Module) -> bool:
+    return part._parameters.get("bias") is not None
 
 
 def run(x: Tensor, keep: Tensor | None, plan: Plan, weights: Weights) -> Tensor:
@@ -187,12 +214,15 @@ def _forward(
     channels = u.shape[-1]
     projected = F.linear(u, _padded_x_proj(w.x_proj, plan))
     y, states = ops.scan(u, projected, *_scan_inputs(plan, w, channels), plan.pattern, plan.backend, save)
+    del u
     y = y.view(-1, channels)
     normed, y_stats = ops.norm(y, w.out_norm_weight, w.out_norm_bias, plan.eps, dtype)
     branch = torch.mm(normed, w.out_proj.t())
     x1, normed, x1_stats = ops.add_norm(x_rows, branch, first, per, w.norm2_weight, w.norm2_bias, plan.eps)
     hidden = torch.addmm(w.fc1_bias, normed, w.fc1.t())
-    branch = torch.addmm(w.fc2_bias, F.gelu(hidden), w.fc2.t())
+    del normed, branch
+    branch = torch.addmm(w.fc2_bias, torch.ops.aten.gelu_(hidden), w.fc2.t())
+    del hidden
     # No view: what a node returns must be free to be changed in place, and FSDP2 warns of views.
     out: Tensor = torch.ops.aten._unsafe_view(ops.add_branch(x1, branch, second, per), x.shape)
     if not save:
@@ -225,8 +255,9 @@ class _FusedBlock(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
-        keep, *saved = ctx.saved_tensors
-        w, kept = Weights(*saved[: len(Weights._fields)]), Kept(*saved[len(Weights._fields) :])
+        keep, *kept = ctx.saved_tensors
+        w = Weights(*kept[: len(Weights._fields)])
+        del kept[: len(Weights._fields)]
         d_x, d_weights = _backward(d_out.contiguous(), keep, ctx.plan, w, kept, ctx.shape)
         needed = ctx.needs_input_grad[3:]
         wanted = [d if ok else None for d, ok in zip(d_weights, needed, strict=True)]
@@ -254,58 +285,69 @@ def _as(gradients: list[Tensor | None], dtypes: list[torch.dtype | None]) -> lis
 
 
 def _backward(
-    d_out: Tensor, keep: Tensor | None, plan: Plan, w: Weights, kept: Kept, shape: torch.Size
+    d_out: Tensor, keep: Tensor | None, plan: Plan, w: Weights, kept: list[Tensor], shape: torch.Size
 ) -> tuple[Tensor, Weights]:
+    """Return the gradients of x and the weights. `kept` are the tensors of a Kept, and the list is emptied.
+
+    With activation checkpointing a step's memory is most here. Each tensor is let go or written over once it is used
+    up; what was kept too: of a block that was run again nobody else holds it.
+    """
+    x, x_stats, before_conv, after_conv, projected, states, y, y_stats, x1, x1_stats = Kept(*kept)
+    kept.clear()
     _, height, width, dim = shape
     per, dtype = height * width, w.in_proj.dtype
-    channels = kept.y.shape[1]
+    channels = y.shape[1]
     first, second = _columns(keep)
     ops = _ops(d_out)
 
     # The MLP, from its branch's end.
     d_out = d_out.view(-1, dim)
     d_branch, d_fc2_bias = ops.scale_and_sum(d_out, second, per, dtype)
-    normed, _ = ops.norm(kept.x1, w.norm2_weight, w.norm2_bias, plan.eps, dtype)
+    normed, _ = ops.norm(x1, w.norm2_weight, w.norm2_bias, plan.eps, dtype)
     hidden = torch.addmm(w.fc1_bias, normed, w.fc1.t())
-    d_hidden, g, d_fc1_bias = ops.gelu_backward(hidden, torch.mm(d_branch, w.fc2))
-    del hidden
+    d_hidden = torch.mm(d_branch, w.fc2)  # of GELU's value, until GELU's backward: then of the hidden tokens
+    d_fc1_bias = ops.gelu_backward_(hidden, d_hidden)
+    g = hidden
     d_fc2 = torch.mm(d_branch.t(), g)
+    del hidden, g, d_branch
     d_fc1 = torch.mm(d_hidden.t(), normed)
-    del g, d_branch, normed
-    d_x1, d_branch, d_norm2, _ = ops.add_norm_backward(
-        torch.mm(d_hidden, w.fc1), d_out, kept.x1, kept.x1_stats, w.norm2_weight, w.norm2_bias, first, per
-    )
+    del normed
+    d_normed = torch.mm(d_hidden, w.fc1)
     del d_hidden
+    d_x1, d_branch, d_norm2, again = ops.add_norm_backward(
+        d_normed, d_out, x1, x1_stats, w.norm2_weight, w.norm2_bias, first, per
+    )
+    del d_out, d_normed, again, x1
 
     # SS2D, from out_proj to in_proj.
     d_y, d_out_norm, normed = ops.norm_backward(
-        torch.mm(d_branch, w.out_proj), kept.y, kept.y_stats, w.out_norm_weight, w.out_norm_bias, dtype
+        torch.mm(d_branch, w.out_proj), y, y_stats, w.out_norm_weight, w.out_norm_bias, dtype
     )
     d_out_proj = torch.mm(d_branch.t(), normed)
-    del d_branch, normed
-    u = F.silu(kept.after_conv)
+    del d_branch, normed, y
+    u = F.silu(after_conv)
     dt, dt_bias, a, skip = _scan_inputs(plan, w, channels)
     d_u, d_projected, d_dt, d_dt_bias, d_a, d_skip = ops.scan_backward(
-        d_y.view(u.shape), kept.states, u, kept.projected, dt, dt_bias, a, skip, plan.pattern, plan.backend
+        d_y.view(u.shape), states, u, projected, dt, dt_bias, a, skip, plan.pattern, plan.backend
     )
-    del d_y
+    del d_y, states, projected
     d_projected = d_projected.flatten(0, 2)
     d_u = torch.addmm(d_u.view(-1, channels), d_projected, _padded_x_proj(w.x_proj, plan)).view(u.shape)
     d_x_proj = torch.mm(d_projected.t(), u.view(-1, channels)).view(K, -1, channels)
     d_x_proj = d_x_proj[:, : plan.rank + 2 * plan.state].reshape(w.x_proj.shape)
     del u, d_projected
-    d_after = torch.ops.aten.silu_backward(d_u, kept.after_conv)
-    del d_u
+    d_after = torch.ops.aten.silu_backward(d_u, after_conv)
+    del d_u, after_conv
     d_before, d_conv, d_conv_bias = torch.ops.aten.convolution_backward(
-        d_after.permute(0, 3, 1, 2), kept.before_conv.permute(0, 3, 1, 2), w.conv,
+        d_after.permute(0, 3, 1, 2), before_conv.permute(0, 3, 1, 2), w.conv,
         None if w.conv_bias is None else [channels], [1, 1], [1, 1], [1, 1], False, [0, 0], channels,
         [True, True, w.conv_bias is not None],
     )  # fmt: skip
-    del d_after
+    del d_after, before_conv
     d_before = d_before.permute(0, 2, 3, 1).reshape(-1, channels)
     # The residual's gradient joins here; nothing is kept of it.
     d_x, _, d_norm, normed = ops.add_norm_backward(
-        torch.mm(d_before, w.in_proj), d_x1, kept.x, kept.x_stats, w.norm_weight, w.norm_bias, None, per
+        torch.mm(d_before, w.in_proj), d_x1, x, x_stats, w.norm_weight, w.norm_bias, None, per
     )
     d_in_proj = torch.mm(d_before.t(), normed)
     gradients = Weights(

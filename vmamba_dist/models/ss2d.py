@@ -27,10 +27,14 @@ ScanBackend = Literal["auto", "triton", "torch"]
 
 
 class LayerNorm(nn.LayerNorm):
-    """LayerNorm over the last dim, in the wider of the input's and the parameters' precision."""
+    """LayerNorm over the last dim, in the wider of the input's and the parameters' precision.
 
-    def __init__(self, dim: int) -> None:
+    `backend` is the scan's: whoever asks for torch gets torch's own norm too.
+    """
+
+    def __init__(self, dim: int, backend: ScanBackend = "auto") -> None:
         super().__init__(dim, eps=LN_EPS)
+        self.backend = backend
 
     def forward(self, x: Tensor) -> Tensor:
         # Autocast does this on CUDA only; the residual stream must have one precision on every device.
@@ -42,7 +46,8 @@ class LayerNorm(nn.LayerNorm):
 
     def _by_rows(self, x: Tensor, dtype: torch.dtype) -> bool:
         """On CUDA our own: PyTorch's is slow on short rows, and wants a float32 copy of a bfloat16 input."""
-        return x.is_cuda and dtype == torch.float32 and not torch.compiler.is_compiling()
+        ours = x.is_cuda and self.backend != "torch"
+        return ours and dtype == torch.float32 and not torch.compiler.is_compiling()
 
 
 class Permute(nn.Module):
@@ -107,7 +112,7 @@ class SS2D(nn.Module):
         self.Ds = nn.Parameter(torch.empty(K * d))
         self.dt_projs_weight = nn.Parameter(torch.empty(K * d, r))
         self.dt_projs_bias = nn.Parameter(torch.empty(K * d))
-        self.out_norm = LayerNorm(d)
+        self.out_norm = LayerNorm(d, scan_backend)
         self.in_proj = nn.Linear(dim, 2 * d if gate else d, bias=False)
         self.conv2d = nn.Conv2d(d, d, kernel_size=3, padding=1, groups=d, bias=conv_bias)
         self.out_proj = nn.Linear(d, dim, bias=False)

@@ -36,10 +36,10 @@ _NOT_DECAYED = re.compile(r"\.(A_logs|Ds|dt_projs_bias)$")
 class PatchMerging(nn.Module):
     """Swin's downsample: join each 2x2 of tokens; (B, H, W, C) → (B, ⌈H/2⌉, ⌈W/2⌉, out)."""
 
-    def __init__(self, dim: int, out_dim: int) -> None:
+    def __init__(self, dim: int, out_dim: int, backend: ScanBackend = "auto") -> None:
         super().__init__()
         self.reduction = nn.Linear(4 * dim, out_dim, bias=False)
-        self.norm = LayerNorm(4 * dim)
+        self.norm = LayerNorm(4 * dim, backend)
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.pad(x, (0, 0, 0, x.shape[2] % 2, 0, x.shape[1] % 2))
@@ -48,20 +48,50 @@ class PatchMerging(nn.Module):
         return merged
 
 
-def _patch_embed(kind: Literal["v1", "v2"], dim: int) -> nn.Sequential:
-    """(B, 3, H, W) → (B, H/4, W/4, dim). The indices of the parts are official names."""
+Branches = Callable[[Tensor, Tensor | None], Tensor]  # a block's arithmetic: (x, keep) → x
+Recompute = Callable[[Branches, Tensor, Tensor | None], Tensor]
+
+
+def recompute_block(branches: Branches, x: Tensor, keep: Tensor | None) -> Tensor:
+    """Run a block, or the stem, and keep its input alone; the backward runs it again."""
+    # Nothing is drawn at random in them: the generators' state need not be kept.
+    out: Tensor = checkpoint(branches, x, keep, use_reentrant=False, preserve_rng_state=False)
+    return out
+
+
+class PatchEmbed(nn.Sequential):
+    """The stem: images (B, 3, H, W) → tokens (B, H/4, W/4, dim). The indices of its parts are official names.
+
+    `recompute` is as a block's, and called inside forward for the same reasons; a stem has no `keep`.
+    """
+
+    recompute: Recompute | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.recompute is not None and torch.is_grad_enabled():
+            return self.recompute(self._embed, x, None)
+        return self._embed(x)
+
+    def _embed(self, x: Tensor, keep: Tensor | None = None) -> Tensor:
+        # The layout is changed here: a recomputed stem keeps the images that are there anyway, and no copy of them.
+        embed = super().forward
+        out: Tensor = embed(x.contiguous(memory_format=torch.channels_last))  # type: ignore[no-untyped-call]
+        return out
+
+
+def _patch_embed(kind: Literal["v1", "v2"], dim: int, backend: ScanBackend) -> PatchEmbed:
     if kind == "v1":
-        return nn.Sequential(nn.Conv2d(3, dim, STRIDE, STRIDE), to_channels_last(), LayerNorm(dim))
+        return PatchEmbed(nn.Conv2d(3, dim, STRIDE, STRIDE), to_channels_last(), LayerNorm(dim, backend))
     half = dim // 2
-    return nn.Sequential(
+    return PatchEmbed(
         nn.Conv2d(3, half, kernel_size=3, stride=2, padding=1),
         to_channels_last(),
-        LayerNorm(half),
+        LayerNorm(half, backend),
         to_channels_first(),
         nn.GELU(),
         nn.Conv2d(half, dim, kernel_size=3, stride=2, padding=1),
         to_channels_last(),
-        LayerNorm(dim),
+        LayerNorm(dim, backend),
     )
 
 
@@ -81,12 +111,12 @@ class _HalvingConv(nn.Conv2d):
         return super().forward(x)
 
 
-def _downsample(kind: Literal["v1", "v3"], dim: int, out_dim: int) -> nn.Module:
+def _downsample(kind: Literal["v1", "v3"], dim: int, out_dim: int, backend: ScanBackend) -> nn.Module:
     """(B, H, W, dim) → (B, ⌈H/2⌉, ⌈W/2⌉, out_dim). The indices of the parts are official names."""
     if kind == "v1":
-        return PatchMerging(dim, out_dim)
+        return PatchMerging(dim, out_dim, backend)
     conv = _HalvingConv(dim, out_dim)
-    return nn.Sequential(to_channels_first(), conv, to_channels_last(), LayerNorm(out_dim))
+    return nn.Sequential(to_channels_first(), conv, to_channels_last(), LayerNorm(out_dim, backend))
 
 
 class Mlp(nn.Module):
@@ -100,17 +130,6 @@ class Mlp(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.fc2(F.gelu(self.fc1(x)))
         return out
-
-
-Branches = Callable[[Tensor, Tensor | None], Tensor]  # a block's arithmetic: (x, keep) → x
-Recompute = Callable[[Branches, Tensor, Tensor | None], Tensor]
-
-
-def recompute_block(branches: Branches, x: Tensor, keep: Tensor | None) -> Tensor:
-    """Run a block and keep its input alone; the backward runs it again."""
-    # Nothing is drawn at random in a block: the generators' state need not be kept.
-    out: Tensor = checkpoint(branches, x, keep, use_reentrant=False, preserve_rng_state=False)
-    return out
 
 
 class Block(nn.Module):
@@ -127,7 +146,7 @@ class Block(nn.Module):
 
     def __init__(self, dim: int, variant: Variant, pattern: ScanPattern, backend: ScanBackend) -> None:
         super().__init__()
-        self.norm = LayerNorm(dim)
+        self.norm = LayerNorm(dim, backend)
         self.op = SS2D(
             dim,
             ssm_ratio=variant.ssm_ratio,
@@ -141,7 +160,7 @@ class Block(nn.Module):
         self.fuse = "auto"
         self.has_mlp = variant.mlp_ratio > 0
         if self.has_mlp:
-            self.norm2 = LayerNorm(dim)
+            self.norm2 = LayerNorm(dim, backend)
             self.mlp = Mlp(dim, variant.hidden(dim))
 
     def forward(self, x: Tensor, keep: Tensor | None = None) -> Tensor:
@@ -161,7 +180,7 @@ class Block(nn.Module):
         return x
 
     def _fuses(self, x: Tensor, keep: Tensor | None) -> bool:
-        """Whether one node may stand for the modules: nobody has replaced one, or listens to it."""
+        """Whether one node may stand for the modules: nobody has replaced or reset one, or listens to it."""
         if self.fuse == "never" or (self.fuse == "auto" and not x.is_cuda) or torch.compiler.is_compiling():
             return False
         if not self.has_mlp or type(self.mlp) is not Mlp or type(self.op) is not SS2D:
@@ -173,12 +192,19 @@ class Block(nn.Module):
         if keep is not None and keep.requires_grad:  # the node gives it no gradient
             return False
         parts = [(self.mlp, Mlp), *fused.parts_of(self)]
-        return all(type(part) is kind and not _listened_to(part) for part, kind in parts)
+        if not all(type(part) is kind and not _listened_to(part) for part, kind in parts):
+            return False
+        return fused.has_plain_settings(self)
 
 
 def _listened_to(part: nn.Module) -> bool:
+    """Whether it has hooks, or a forward of its own, as some libraries wrap one."""
     return bool(
-        part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks
+        part._forward_hooks
+        or part._forward_pre_hooks
+        or part._backward_hooks
+        or part._backward_pre_hooks
+        or "forward" in part.__dict__
     )
 
 
@@ -201,9 +227,9 @@ class Stage(nn.Module):
 class Classifier(nn.Module):
     """Norm at each position, then the pool, then the head."""
 
-    def __init__(self, dim: int, num_classes: int) -> None:
+    def __init__(self, dim: int, num_classes: int, backend: ScanBackend) -> None:
         super().__init__()
-        self.norm = LayerNorm(dim)
+        self.norm = LayerNorm(dim, backend)
         self.head = _head(dim, num_classes)
 
 
@@ -245,17 +271,19 @@ class VMamba(nn.Module):
         # Parts are made without values: each tensor is then filled once, by its name.
         device = torch.get_default_device()
         with torch.device("meta"):
-            self.patch_embed = _patch_embed(variant.patch_embed, variant.dims[0])
+            self.patch_embed = _patch_embed(variant.patch_embed, variant.dims[0], scan_backend)
             self.layers = nn.ModuleList(
                 Stage(
                     [Block(dim, variant, scan_pattern, scan_backend) for _ in range(depth)],
-                    _downsample(variant.downsample, dim, following) if following else nn.Identity(),
+                    _downsample(variant.downsample, dim, following, scan_backend)
+                    if following
+                    else nn.Identity(),
                 )
                 for dim, following, depth in zip(
                     variant.dims, (*variant.dims[1:], 0), variant.depths, strict=True
                 )
             )
-            self.classifier = Classifier(variant.dims[-1], num_classes)
+            self.classifier = Classifier(variant.dims[-1], num_classes, scan_backend)
         if device.type != "meta":
             self.to_empty(device=device)
             self.init_weights()
@@ -342,7 +370,7 @@ class VMamba(nn.Module):
         elif keep.shape != (x.shape[0], 2 * self.num_blocks):
             wanted = (x.shape[0], 2 * self.num_blocks)
             raise ValueError(f"keep of shape {tuple(keep.shape)}: give (B, 2 * blocks) = {wanted}")
-        x = self.patch_embed(x.contiguous(memory_format=torch.channels_last))
+        x = self.patch_embed(x)
         outputs: list[Tensor] = []
         first = 0
         for stage in self._stage_list()[:num_stages]:
@@ -403,7 +431,8 @@ class VMamba(nn.Module):
         self.num_classes = num_classes
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute each block in the backward instead of keeping its activations."""
+        """Recompute the stem and each block in the backward instead of keeping their activations."""
+        self.patch_embed.recompute = recompute_block if enable else None
         for block in self.blocks():
             block.recompute = recompute_block if enable else None
 

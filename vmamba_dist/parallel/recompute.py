@@ -1,9 +1,9 @@
-"""What a block keeps for its backward, and what the backward computes again.
+"""What blocks and the stem keep for their backward, and what the backward computes again.
 
 Law: recomputing changes no bit of a loss or a gradient; but where blocks run as one node (on a GPU), selective composes
 them of their modules, which rounds otherwise. It is applied from outside, before compile and sharding, and
-runs inside the block's forward: the compiled block holds it, and a sharded block gathers its weights once for it and
-its backward.
+runs inside the block's or the stem's forward: the compiled block holds it, and a sharded one gathers its weights once
+for it and its backward.
 """
 
 from __future__ import annotations
@@ -28,12 +28,14 @@ KEPT = frozenset({torch.ops.vmamba.ss2d_scan.default, torch.ops.vmamba.selective
 
 
 def apply_recompute(backbone: VMamba, policy: Literal["off", "block", "selective"]) -> None:
-    """Set what every block of the backbone recomputes: nothing, all of it, or all but its scans."""
+    """Set what every block of the backbone recomputes: nothing, all of it (and the stem too), or all but its scans."""
     how: dict[str, Recompute | None] = {
         "off": None,
         "block": recompute_block,
         "selective": recompute_but_scans,
     }
+    # Selective is about the scans, and the stem has none: it keeps all.
+    backbone.patch_embed.recompute = recompute_block if policy == "block" else None
     for block in backbone.blocks():
         if policy == "selective":  # which looks for single operations
             block.fuse = "never"

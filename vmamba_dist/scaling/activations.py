@@ -38,6 +38,7 @@ class Row:
     plain: int = 0  # elements that are used in float32
     beside: int = 0  # gradients and temporaries in its backward, beside those of its input and output
     hidden: int = 0  # within its backward's own code, where no tracker of torch's sees it
+    spent: int = 0  # of what it keeps, used up and let go before that, if the part was run again
     flops: int = 0  # of the forward's matrix products and convolutions, two a multiply-add
     states: int = 0  # of what it keeps, a scan's second output
     scanned: int = 0  # elements that a scan walks over, each by 4 directions and N states
@@ -49,8 +50,8 @@ class Part:
 
     rows: tuple[Row, ...]
     input: int  # bytes
-    leaf: bool = False  # the input wants no gradient
-    is_block: bool = False  # what parallel.recompute is about
+    is_stem: bool = False  # its input, the samples, is kept by others and wants no gradient
+    is_block: bool = False
     ends_stage: bool = False  # the model holds its output to the end of the forward
     fused: Row | None = (
         None  # all of it as one node (models/fused.py), which selective recompute does without
@@ -64,16 +65,20 @@ class Part:
         """The operations that autograd sees."""
         return self.rows if self.fused is None or policy == "selective" else (self.fused,)
 
+    def is_recomputed(self, policy: Policy) -> bool:
+        """Whether the backward runs the part again."""
+        return policy == "block" if self.is_stem else self.is_block and policy != "off"
+
     def kept(self, policy: Policy) -> int:
         """Bytes kept from the forward to the backward, casts of weights aside."""
-        if policy == "off" or not self.is_block:
+        if not self.is_recomputed(policy):
             return sum(row.keeps for row in self.as_run(policy))
         scans = [row for row in self.rows if row.scanned] if policy == "selective" else []
-        return self.input + sum(row.states + row.out for row in scans)
+        return (0 if self.is_stem else self.input) + sum(row.states + row.out for row in scans)
 
     def cast(self, policy: Policy) -> int:
         """Elements of weights whose cast is kept from the forward to the backward."""
-        return 0 if self.is_block and policy != "off" else sum(row.weights for row in self.rows)
+        return 0 if self.is_recomputed(policy) else sum(row.weights for row in self.rows)
 
     def inputs(self) -> list[int]:
         """Bytes of each row's input."""
@@ -117,10 +122,11 @@ def peak(parts: Iterable[Part], policy: Policy, weights: WeightBytes, *, hidden:
         live -= part.kept(policy) + weights.cast * part.cast(policy)
         rows = part.as_run(policy)
         own = sum(row.keeps + weights.cast * row.weights for row in rows)
-        into = [0 if part.leaf else part.input, *(row.out for row in rows[:-1])]
+        into = [0 if part.is_stem else part.input, *(row.out for row in rows[:-1])]
         for row, gradient in zip(reversed(rows), reversed(into), strict=True):
             made = weights.made * row.weights + FLOAT32 * row.plain
-            inside = own + row.out + gradient + row.beside + made + (row.hidden if hidden else 0)
+            unseen = max(0, row.hidden - (row.spent if part.is_recomputed(policy) else 0)) if hidden else 0
+            inside = own + row.out + gradient + row.beside + made + unseen
             most = max(most, Peak(live + gradients + inside, gradients))
             if row is part.fused and weights.cast:  # at its end all gradients are there in both precisions
                 ending = own + row.out + gradient + made + FLOAT32 * row.weights
@@ -218,8 +224,8 @@ class _Block:
         stream, narrow, inner = self.residual * dim, compute * dim, compute * d
         scanning = stream + 3 * inner + compute * pitch
         moments = (
-            2 * narrow + 4 * compute * hidden,  # GELU's backward
-            compute * hidden + 3 * narrow + stream,  # norm2's
+            2 * narrow + 2 * compute * hidden,  # GELU's backward, in place
+            stream + 3 * narrow,  # norm2's
             stream + narrow + 3 * inner,  # out_norm's
             scanning,  # the scan's, and the projection's
             2 * stream + inner + 3 * narrow,  # norm's
@@ -233,6 +239,7 @@ class _Block:
             plain=sum(row.plain for row in rows),
             beside=worst - stream * self.tokens,  # the input's gradient is counted as that
             hidden=max(0, self.tokens * scanning + scan.hidden - worst),
+            spent=self.tokens * (stream + inner),  # the sum after the first branch, and the scan's output
             flops=sum(row.flops for row in rows),
             states=scan.states,
             scanned=scan.scanned,
@@ -410,7 +417,7 @@ def _stem(variant: Variant, size: int, batch: int, compute: int) -> Part:
     images, tokens = FLOAT32 * 3 * pixels, pixels // STRIDE**2
     if variant.patch_embed == "v1":
         convolution = _convolution("conv", STRIDE**2, 3, dim, pixels, tokens, compute)
-        return Part((convolution, *_norm("norm", dim, tokens, compute)), images, leaf=True)
+        return Part((convolution, *_norm("norm", dim, tokens, compute)), images, is_stem=True)
     half, finer = dim // 2, pixels // 4
     rows = (
         _convolution("conv", 9, 3, half, pixels, finer, compute),
@@ -420,7 +427,7 @@ def _stem(variant: Variant, size: int, batch: int, compute: int) -> Part:
         _convolution("conv2", 9, half, dim, finer, tokens, compute),
         *_norm("norm2", dim, tokens, compute),
     )
-    return Part(rows, images, leaf=True)
+    return Part(rows, images, is_stem=True)
 
 
 def _downsample(

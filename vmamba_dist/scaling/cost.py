@@ -90,7 +90,7 @@ def _passes(chain: Iterable[Part], policy: Policy, gpu: Gpu) -> tuple[float, flo
         backward += sum(
             _seconds(row, 2, into + row.out + row.keeps, 1 - SCAN_FORWARD, gpu) for row, into in rows
         )
-        if policy != "off" and part.is_block:
+        if part.is_recomputed(policy):
             # A recomputation stops where the last thing that the backward needs is at hand.
             last = max(i for i, (row, _) in enumerate(rows) if row.keeps)
             backward += sum(

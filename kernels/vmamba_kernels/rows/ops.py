@@ -1,17 +1,20 @@
 # mypy: allow-untyped-calls
 """Arithmetic on rows as `torch.library` ops: Triton on CUDA (and where it is interpreted), plain torch elsewhere.
 
-Law: x is (M, C), contiguous; `keep` (samples) scales the rows of each sample, `per` rows a sample; sums and statistics
-are float32 (float64 for float64). `norm` has an autograd formula; the others are the parts that a hand-written backward
-is put together from. A compiled model needs none of them: inductor fuses the plain one.
+Law: x is (M, C); `keep` (samples) scales the rows of each sample, `per` rows a sample; sums and statistics
+are float32 (float64 for float64). `norm`, `add_norm` and `add_branch` have autograd formulas (`keep`, drawn and not
+learned, gets none and is refused one); the others are the parts that a hand-written backward is put together from, and
+a second derivative through them is refused. One of them, `gelu_backward_`, writes over its inputs. To a FLOP counter
+they are nothing, as torch's own norms and sums are: a fused model counts what the plain one does. A compiled model
+needs none of them: inductor fuses the plain one.
 """
 
 import importlib.util
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from vmamba_kernels.backend import backend_for, interpreted
 from vmamba_kernels.launch import custom_op, launch
@@ -53,6 +56,11 @@ def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
     return other if tensor is None else tensor
 
 
+def _lines(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Bring tensors to rows one after the other: the kernels are told no strides but that of `keep`."""
+    return tuple(t.contiguous() for t in tensors)
+
+
 def _stride(keep: Tensor | None) -> int:
     return 0 if keep is None else keep.stride(0)
 
@@ -60,6 +68,7 @@ def _stride(keep: Tensor | None) -> int:
 @custom_op("vmamba::norm")
 def norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Return LayerNorm(x) in `dtype`, and of each row the mean and 1 / standard deviation (2, M)."""
+    x, weight, bias = _lines(x, weight, bias)
     if not _as_triton(x):
         return _norm(x, weight, bias, eps, dtype)
     y = torch.empty_like(x, dtype=dtype)
@@ -68,7 +77,7 @@ def norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
 
 @norm.register_fake
 def _(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x, dtype=dtype), x.new_empty((2, x.shape[0]), dtype=_wide(x))
+    return x.new_empty(x.shape, dtype=dtype), x.new_empty((2, x.shape[0]), dtype=_wide(x))
 
 
 def _norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -82,6 +91,7 @@ def add_norm(
     x: Tensor, branch: Tensor, keep: Tensor | None, per: int, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return x + keep * branch in x's dtype, its LayerNorm in the branch's, and the rows' statistics (2, M)."""
+    x, branch, weight, bias = _lines(x, branch, weight, bias)
     if not _as_triton(x):
         total = x + _scaled(branch, keep, per, branch.dtype)
         return (total, *_norm(total, weight, bias, eps, branch.dtype))
@@ -94,12 +104,13 @@ def _(
     x: Tensor, branch: Tensor, keep: Tensor | None, per: int, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     stats = x.new_empty((2, x.shape[0]), dtype=_wide(x))
-    return torch.empty_like(x), torch.empty_like(branch), stats
+    return x.new_empty(x.shape), branch.new_empty(branch.shape), stats
 
 
 @custom_op("vmamba::add_branch")
 def add_branch(x: Tensor, branch: Tensor, keep: Tensor | None, per: int) -> Tensor:
     """Return x + keep * branch in x's dtype."""
+    x, branch = _lines(x, branch)
     if not _as_triton(x):
         return x + _scaled(branch, keep, per, branch.dtype)
     total = torch.empty_like(x)
@@ -109,7 +120,7 @@ def add_branch(x: Tensor, branch: Tensor, keep: Tensor | None, per: int) -> Tens
 
 @add_branch.register_fake
 def _(x: Tensor, branch: Tensor, keep: Tensor | None, per: int) -> Tensor:
-    return torch.empty_like(x)
+    return x.new_empty(x.shape)
 
 
 def _launch_norm(
@@ -136,6 +147,7 @@ def norm_backward(
     dy: Tensor, x: Tensor, stats: Tensor, weight: Tensor, bias: Tensor, again: torch.dtype | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return dx in x's dtype, d(weight, bias) (2, C), and in the dtype `again` what norm returned, else nothing."""
+    dy, x, stats, weight, bias = _lines(dy, x, stats, weight, bias)
     if not _as_triton(x):
         dx, sums, y = _norm_backward(dy, x, stats, weight, bias, again)
         return dx.to(x.dtype), sums, y
@@ -147,8 +159,8 @@ def norm_backward(
 def _(
     dy: Tensor, x: Tensor, stats: Tensor, weight: Tensor, bias: Tensor, again: torch.dtype | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    y = torch.empty_like(x, dtype=again) if again is not None else x.new_empty(0)
-    return torch.empty_like(x), x.new_empty((2, x.shape[1]), dtype=_wide(x)), y
+    y = x.new_empty(x.shape, dtype=again) if again is not None else x.new_empty(0)
+    return x.new_empty(x.shape), x.new_empty((2, x.shape[1]), dtype=_wide(x)), y
 
 
 def _norm_backward(
@@ -179,6 +191,7 @@ def add_norm_backward(
 
     `residual` is the gradient of the sum that comes on other ways; branch and norm are in dy's dtype.
     """
+    dy, residual, total, stats, weight, bias = _lines(dy, residual, total, stats, weight, bias)
     if not _as_triton(total):
         dx, sums, y = _norm_backward(dy, total, stats, weight, bias, dy.dtype)
         dx = dx + residual
@@ -201,7 +214,7 @@ def _(
     per: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     sums = total.new_empty((2, total.shape[1]), dtype=_wide(total))
-    return torch.empty_like(total), torch.empty_like(dy), sums, torch.empty_like(dy)
+    return total.new_empty(total.shape), dy.new_empty(dy.shape), sums, dy.new_empty(dy.shape)
 
 
 def _launch_norm_backward(
@@ -229,6 +242,7 @@ def _launch_norm_backward(
 @custom_op("vmamba::scale_and_sum")
 def scale_and_sum(x: Tensor, keep: Tensor | None, per: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Return keep * x in `dtype`, and its sum over rows (C)."""
+    (x,) = _lines(x)
     if not _as_triton(x):
         y = _scaled(x, keep, per, dtype)
         return y, y.sum(0, dtype=_wide(x))
@@ -248,31 +262,41 @@ def scale_and_sum(x: Tensor, keep: Tensor | None, per: int, dtype: torch.dtype) 
 
 @scale_and_sum.register_fake
 def _(x: Tensor, keep: Tensor | None, per: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x, dtype=dtype), x.new_empty(x.shape[1], dtype=_wide(x))
+    return x.new_empty(x.shape, dtype=dtype), x.new_empty(x.shape[1], dtype=_wide(x))
 
 
-@custom_op("vmamba::gelu_backward")
-def gelu_backward(h: Tensor, dg: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return dh of g = GELU(h) by the error function, g, and the sum of dh over rows (C)."""
-    if not _as_triton(h):
-        dh = torch.ops.aten.gelu_backward(dg, h)
-        return dh, F.gelu(h), dh.sum(0, dtype=_wide(h))
-    rows, channels = h.shape
-    dh, g = torch.empty_like(h), torch.empty_like(h)
-    grid, sums = _walk(h)
-    with torch.cuda.device_of(h):
-        launch(
-            rows_gelu_backward,
-            grid,
-            (h, dg, dh, g, sums, rows),
-            {"C": channels, "COLUMNS": COLUMNS, "ROWS": TILE // COLUMNS, "PROGRAMS": grid[0], "num_warps": 4},
-        )  # fmt: skip
-    return dh, g, sums.sum(0)
+@custom_op("vmamba::gelu_backward_", mutates=("h", "dg"))
+def gelu_backward_(h: Tensor, dg: Tensor) -> Tensor:
+    """Put g = GELU(h), by the error function, in the place of h and dh in that of dg; return dh's sum over rows (C).
+
+    Raises RuntimeError where autograd would take either for what it was.
+    """
+    if h.requires_grad or dg.requires_grad:
+        raise RuntimeError("h or dg requires a gradient, and gelu_backward_ writes over both: detach them")
+    h_lines, dg_lines = _lines(h, dg)
+    if _as_triton(h):
+        grid, sums = _walk(h)
+        with torch.cuda.device_of(h):
+            launch(
+                rows_gelu_backward,
+                grid,
+                (h_lines, dg_lines, sums, h.shape[0]),
+                {"C": h.shape[1], "COLUMNS": COLUMNS, "ROWS": TILE // COLUMNS, "PROGRAMS": grid[0], "num_warps": 4},
+            )  # fmt: skip
+        total = sums.sum(0)
+    else:
+        torch.ops.aten.gelu_backward.grad_input(dg_lines, h_lines, grad_input=dg_lines)
+        torch.ops.aten.gelu_(h_lines)
+        total = dg_lines.sum(0, dtype=_wide(h))
+    for tensor, lines in ((h, h_lines), (dg, dg_lines)):
+        if lines is not tensor:
+            tensor.copy_(lines)
+    return total
 
 
-@gelu_backward.register_fake
-def _(h: Tensor, dg: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(h), torch.empty_like(h), h.new_empty(h.shape[1], dtype=_wide(h))
+@gelu_backward_.register_fake
+def _(h: Tensor, dg: Tensor) -> Tensor:
+    return h.new_empty(h.shape[1], dtype=_wide(h))
 
 
 def _walk(x: Tensor) -> tuple[tuple[int, int], Tensor]:
@@ -283,26 +307,94 @@ def _walk(x: Tensor) -> tuple[tuple[int, int], Tensor]:
     return (programs, blocks), x.new_empty((programs, channels), dtype=torch.float32)
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _norm_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, weight, bias, *_ = inputs
-    ctx.save_for_backward(x, output[1], weight, bias)
-    ctx.mark_non_differentiable(output[1])
+    _, stats = output
+    ctx.save_for_backward(x, stats, weight, bias)
+    ctx.mark_non_differentiable(stats)
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+def _norm_gradients(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     if dy is None:
         return (None,) * 5
     x, stats, weight, bias = ctx.saved_tensors
-    dx, (dw, db), _y = norm_backward(dy.contiguous(), x, stats, weight, bias, None)
+    dx, (dw, db), _y = norm_backward(dy, x, stats, weight, bias, None)
     return dx, dw.to(weight.dtype), db.to(bias.dtype), None, None
 
 
-norm.register_autograd(_backward, setup_context=_setup)
+def _add_norm_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    _x, branch, keep, ctx.per, weight, bias, _eps = inputs
+    total, _y, stats = output
+    ctx.branch = branch.dtype
+    ctx.save_for_backward(total, stats, weight, bias, keep)
+    ctx.mark_non_differentiable(stats)
+    ctx.set_materialize_grads(False)
+
+
+def _add_norm_gradients(
+    ctx: Any, d_total: Tensor | None, dy: Tensor | None, _: None
+) -> tuple[Tensor | None, ...]:
+    if dy is None:
+        return (*_add_branch_gradients(ctx, d_total), None, None, None)
+    _refuse_keep(ctx)
+    total, stats, weight, bias, keep = ctx.saved_tensors
+    residual = torch.zeros_like(total) if d_total is None else d_total
+    dx, d_branch, (dw, db), _y = add_norm_backward(dy, residual, total, stats, weight, bias, keep, ctx.per)
+    return dx, d_branch, None, None, dw.to(weight.dtype), db.to(bias.dtype), None
+
+
+def _add_branch_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _x, branch, keep, ctx.per = inputs
+    ctx.branch = branch.dtype
+    ctx.save_for_backward(keep)
+    ctx.set_materialize_grads(False)
+
+
+def _add_branch_gradients(ctx: Any, d_total: Tensor | None) -> tuple[Tensor | None, ...]:
+    if d_total is None:
+        return (None,) * 4
+    _refuse_keep(ctx)
+    keep = ctx.saved_tensors[-1]
+    d_branch, _sums = scale_and_sum(d_total, keep, ctx.per, ctx.branch)
+    return d_total, d_branch, None, None
+
+
+def _refuse_keep(ctx: Any) -> None:
+    if ctx.needs_input_grad[2]:
+        raise RuntimeError("keep requires a gradient, and vmamba_kernels.rows has none for it: detach it")
+
+
+def _refuse(ctx: Any, *gradients: Any) -> None:
+    raise RuntimeError(
+        "a part of a backward was differentiated: vmamba_kernels.rows has no second derivatives"
+    )
+
+
+norm.register_autograd(_norm_gradients, setup_context=_norm_setup)
+add_norm.register_autograd(_add_norm_gradients, setup_context=_add_norm_setup)
+add_branch.register_autograd(_add_branch_gradients, setup_context=_add_branch_setup)
+for _part in (norm_backward, add_norm_backward, scale_and_sum):
+    _part.register_autograd(_refuse)
+
+_NAMES = (
+    "norm",
+    "add_norm",
+    "add_branch",
+    "norm_backward",
+    "add_norm_backward",
+    "scale_and_sum",
+    "gelu_backward_",
+)
+
+
+@register_flop_formula([getattr(torch.ops.vmamba, name) for name in _NAMES])
+def _flops(*args: Any, **kwargs: Any) -> int:
+    return 0
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
     """LayerNorm over the last dim of x (…, C), computed in float32 at least and returned in `dtype`."""
     y: Tensor
-    y, _ = norm(x.reshape(-1, x.shape[-1]).contiguous(), weight, bias, eps, dtype)
+    y, _ = norm(x.reshape(-1, x.shape[-1]), weight, bias, eps, dtype)
     return y.view(x.shape)

@@ -9,7 +9,7 @@ from vmamba_kernels.rows.triton_rows import rows_gelu_backward, rows_norm, rows_
 Configuration = tuple[str, Any, dict[str, str], dict[str, Any], int]
 WIDTHS = (96, 192, 384, 768, 3072)
 FLOAT32 = {"p_w", "p_b", "p_keep", "p_stats", "p_sums", "p_sum", "p_residual"}
-NARROW = {"p_branch", "p_dbranch", "p_y", "p_dy", "p_h", "p_dg", "p_dh", "p_g"}
+NARROW = {"p_branch", "p_dbranch", "p_y", "p_dy", "p_h", "p_dg"}
 
 
 def pinned() -> list[Configuration]:

@@ -118,10 +118,13 @@ def rows_scale(
 
 @triton.jit
 def rows_gelu_backward(
-    p_h, p_dg, p_dh, p_g, p_sums, M,
+    p_h, p_dg, p_sums, M,
     C: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, PROGRAMS: tl.constexpr,
 ):  # fmt: skip
-    """dh of g = GELU(h), g again, and partial sums of dh's columns."""
+    """g = GELU(h) over h, its dh over dg, and partial sums of dh's columns.
+
+    In place: an element belongs to one program's one turn, and what is stored there was computed from what was loaded.
+    """
     i_p, i_c = tl.program_id(0), tl.program_id(1)
     o_c = i_c * COLUMNS + tl.arange(0, COLUMNS)
     m_c = o_c < C
@@ -134,7 +137,7 @@ def rows_gelu_backward(
         b_dg = tl.load(p_dg + o, mask=m, other=0.0).to(tl.float32)
         share = 0.5 * (1.0 + tl.erf(b_h * INV_SQRT_2))
         b_dh = b_dg * (share + b_h * INV_SQRT_2PI * tl.exp(-0.5 * b_h * b_h))
-        tl.store(p_g + o, (b_h * share).to(p_g.dtype.element_ty), mask=m)
-        tl.store(p_dh + o, b_dh.to(p_dh.dtype.element_ty), mask=m)
+        tl.store(p_h + o, (b_h * share).to(p_h.dtype.element_ty), mask=m)
+        tl.store(p_dg + o, b_dh.to(p_dg.dtype.element_ty), mask=m)
         b_sum += b_dh
     tl.store(p_sums + i_p * C + o_c, tl.sum(b_sum, 0), mask=m_c)

@@ -45,6 +45,20 @@ def _token_major(t: Tensor, dtype: torch.dtype) -> Tensor:
     return t.to(dtype).permute(1, 2, 0, 3).reshape(t.shape[1] * t.shape[2], -1)
 
 
+def _add_tokens(total: Tensor, walk: _Walk, added: Tensor, *, at_once: bool) -> None:
+    """Add (T, 4, B, C) to (L, B*C) along a walk, in place.
+
+    A direction meets a token once, four meet it four times, and a GPU adds what comes at once in any order: there
+    one direction after the other, so that the same input gives the same bits.
+    """
+    tokens, rows = walk.tokens, added.view(len(walk.tokens), total.shape[1])
+    if at_once:
+        total.index_add_(0, tokens, rows)
+        return
+    for k in range(4):
+        total.index_add_(0, tokens[k::4], rows[k::4])
+
+
 class _Chunk(NamedTuple):
     """What a chunk's recurrence reads: x and z (T, 4, B, C), B and C (T, N, 4, B, 1), dt (T, 4, B, R)."""
 
@@ -141,7 +155,7 @@ def forward(
             saved[i] = state
         c = op.chunk(walk)
         y_chunk, state = chunk_forward(c.x, c.z, op.A, c.B, c.C, state, True, whole)
-        y.index_add_(0, walk.tokens, y_chunk.view(len(walk.tokens), y.shape[1]))
+        _add_tokens(y, walk, y_chunk, at_once=not y.is_cuda)
     return op.image(y, x.dtype), saved
 
 
@@ -174,7 +188,7 @@ def backward(
         grads = chunk_backward(c.x, c.z, op.A, c.B, c.C, state, True, g_chunk, d_state, whole)
         d_state = grads.state
         d_A += grads.A
-        d_x.index_add_(0, walk.tokens, grads.x.view(len(walk.tokens), d_x.shape[1]))
+        _add_tokens(d_x, walk, grads.x, at_once=not d_x.is_cuda)
         d_bias += grads.z.sum(0).sum(1, keepdim=True)
         d_weight_chunk, d_dt = op.projection_gradients(grads.z, c.dt)
         d_weight += d_weight_chunk

@@ -25,12 +25,16 @@ def _power_of_two(n: int) -> int:
     return max(16, int(triton.next_power_of_2(n)))
 
 
-def saved_shape(x: Tensor, A: Tensor) -> tuple[int, ...]:
-    """Return the shape of the states before each tile, (4, B * S, tiles a segment, N, C), in x's dtype."""
+def empty_saved(x: Tensor, A: Tensor) -> Tensor:
+    """Return room for the states before each tile, (4, B * S, tiles a segment, N, C).
+
+    In bfloat16 where x is. A state that float16 cannot hold can still give a y that it can: there they are float32.
+    """
     batch, height, width, channels = x.shape
     plan = plan_for(x, A.shape[1])
     count = -(-int(height) * int(width) // plan.span)
-    return (4, batch * count, plan.span // plan.steps, A.shape[1], channels)
+    shape = (4, batch * count, plan.span // plan.steps, A.shape[1], channels)
+    return x.new_empty(shape, dtype=torch.float32 if x.dtype == torch.float16 else x.dtype)
 
 
 class _Problem:
@@ -137,7 +141,7 @@ def forward(
     save: bool,
 ) -> tuple[Tensor, Tensor]:
     """Return y (B, H, W, C) in x's dtype and, where asked to save, the states that the backward begins with."""
-    saved = x.new_empty(saved_shape(x, A) if save else (0,))
+    saved = empty_saved(x, A) if save else x.new_empty(0)
     if x.numel() == 0:
         return x.new_empty(x.shape), saved
     p = _Problem(x, projected, dt_weight, dt_bias, A, D, pattern)

@@ -27,11 +27,13 @@ def pinned() -> list[Configuration]:
     An integer argument that is 1 at run time is a constant, as Triton makes it one. A table's row is named by its
     device generation.
     """
-    found: dict[str, Configuration] = {}
+    found: dict[tuple[str, str], Configuration] = {}
     for configuration in _all():
         name, kernel, types, constants, warps = configuration
-        same = f"{name.split()[0]} {kernel.__name__} {types} {constants} {warps}"
-        found.setdefault(same, configuration)
+        generation = next((word for word in name.split() if word.startswith("sm_")), "")
+        same = f"{kernel.__name__} {types} {constants} {warps}"
+        if ("", same) not in found:  # one of no generation is compiled for all
+            found.setdefault((generation, same), configuration)
     return list(found.values())
 
 
