@@ -22,6 +22,7 @@ import boto3
 import pytest
 import torch
 from botocore.credentials import RefreshableCredentials
+from botocore.exceptions import ClientError
 
 from servers import BUCKET, KEY_ID, SECRET, Shelf, s3, shelf, upload
 from shardsets import make_set, members, picture, write_images
@@ -563,6 +564,43 @@ def test_a_request_is_signed_with_a_key_and_a_token_of_one_time(monkeypatch: pyt
     key = re.search(r"Credential=key(\d+)/", headers["Authorization"])
     assert key is not None
     assert headers["X-Amz-Security-Token"] == f"token{key[1]}"
+
+
+@pytest.mark.usefixtures("account")
+@pytest.mark.parametrize("fault", ["nothing", "expired", "no file", "refused"])
+def test_credentials_that_cannot_be_renewed_are_asked_for_again(
+    folder: Path, server: Shelf, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    """A role 14 minutes before its expiry, whose service misses one answer: once that error ended the run, raw."""
+
+    def given(minutes: float) -> dict[str, str]:
+        expiry = datetime.now(UTC) + timedelta(minutes=minutes)
+        return {"access_key": KEY_ID, "secret_key": SECRET, "token": "t", "expiry_time": expiry.isoformat()}
+
+    def fail() -> dict[str, str]:
+        if fault == "no file":
+            raise FileNotFoundError(2, "No such file or directory", "/token")
+        if fault == "refused":
+            raise ClientError({"Error": {"Code": "AccessDenied", "Message": "no"}}, "AssumeRole")
+        return given(-1) if fault == "expired" else {}  # {}: what botocore has of a time-out
+
+    answers = [fail, fail]
+    # botocore goes on with what it has where renewing itself fails early; here it is due.
+    begin = given(14) if fault == "nothing" else given(4)
+    role = RefreshableCredentials.create_from_metadata(
+        begin, lambda: answers.pop()() if answers else given(60), "a role"
+    )
+    monkeypatch.setattr(boto3.Session, "get_credentials", lambda session: role)
+    item = remote.Item("s3://set/odd-train-000000.tar")
+    content = (folder / "odd-train-000000.tar").read_bytes()
+    fetcher = remote.Fetcher(S3(server.url), remote.Patience(timeout_s=5, attempts=3))
+    assert fetcher.read(item, 0, 1000) == content[:1000]
+    assert not answers
+    role = RefreshableCredentials.create_from_metadata(begin, fail, "a role")
+    fetcher = remote.Fetcher(S3(server.url), remote.Patience(timeout_s=5, attempts=3))
+    words = r"s3://set/odd-train-000000\.tar: bytes 0 … 1000 could not be read in 3 attempts .*credentials cannot be "
+    with pytest.raises(SourceError, match=words + "renewed: .*"):
+        fetcher.read(item, 0, 1000)
 
 
 def test_without_boto3_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,9 +16,11 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import threading
 import zlib
 from collections import OrderedDict
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
@@ -268,12 +270,16 @@ class MixedSource:
     def __init__(self, parts: Sequence[Index]) -> None:
         self._sources = [part.source() for part in parts]
         self._part_of, self._first = _numbered(parts)
-        # A reader that may not be used by several threads keeps them all from it.
-        self.concurrency = min(source.concurrency for source in self._sources)
+        # One that several threads may not use is read by one at a time; the others' answers are waited for meanwhile.
+        self._locks = [
+            threading.Lock() if source.concurrency == 1 else nullcontext() for source in self._sources
+        ]
+        self.concurrency = max(source.concurrency for source in self._sources)
 
     def read(self, shard: int, start: int, end: int) -> bytes:
         part = int(self._part_of[shard])
-        return self._sources[part].read(shard - self._first[part], start, end)
+        with self._locks[part]:
+            return self._sources[part].read(shard - self._first[part], start, end)
 
     def close(self) -> None:
         for source in self._sources:

@@ -21,6 +21,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,7 +31,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vmamba_dist.config.schema import ConfigError
-from vmamba_dist.data.index import EVAL_SPLITS, INFO, Index, Offsets, Shard, inside, read_index
+from vmamba_dist.data.index import (
+    EVAL_SPLITS,
+    INFO,
+    Index,
+    Offsets,
+    Shard,
+    TarScan,
+    inside,
+    read_index,
+    scan_tars,
+)
 from vmamba_dist.data.sources import BLOCK, LocalSource, local_path
 
 log = logging.getLogger(__name__)
@@ -90,19 +101,21 @@ def write_all(folder: str | Path, *, at_least: int = 0) -> list[Path]:
     return [write(read_index(root, split, key="folder")) for split in splits]
 
 
-def open_index(folder: str | Path, split: str = "train", *, key: str = "data.train") -> Index:
+def open_index(
+    folder: str | Path, split: str = "train", *, key: str = "data.train", scan: TarScan = scan_tars
+) -> Index:
     """Open a split by its sidecar where it has one, else as read_index does. Raises ConfigError as that does."""
     root = local_path(str(folder))
     named = EVAL_SPLITS if split == "auto" else (split,)
     found = next((name for name in named if path_of(root, name).is_file()), None)
     if found is None or not (root / INFO).is_file():
-        return read_index(folder, split, key=key)
+        return read_index(folder, split, key=key, scan=scan)
     index = _read(root, path_of(root, found), found)
     if index is None:
         log.warning(
             "%s belongs to another %s, or its offsets are gone: it is left alone", path_of(root, found), INFO
         )
-        return read_index(folder, split, key=key)
+        return read_index(folder, split, key=key, scan=scan)
     for warning in index.warnings:
         log.warning("%s", warning)
     return index
@@ -253,6 +266,7 @@ class LargeIndex(Index):
     """An index whose shards stay in the mapped file."""
 
     hashed: str = field(default="", compare=False)  # its fingerprint
+    opened: int = field(default_factory=time.time_ns, compare=False)  # its tars are not looked at by then
 
     @property
     def table(self) -> ShardTable:
@@ -279,4 +293,4 @@ class LargeIndex(Index):
     def local_source(self) -> LocalSource:
         table, root = self.table, self.root
         paths = _Column(len(table), lambda i: root / table.filename(i))
-        return LocalSource(paths, sha256=_Column(len(table), table.sha256))
+        return LocalSource(paths, since=self.opened, sha256=_Column(len(table), table.sha256))
