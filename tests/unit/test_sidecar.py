@@ -75,10 +75,14 @@ def test_a_sidecar_of_another_index_is_left_alone(folder: Path, caplog: pytest.L
     assert not isinstance(open_index(folder), LargeIndex)
     assert "belongs to another _info.json" in caplog.text
     write(read_index(folder))
+    plain = read_index(folder)
     (folder / "_offsets-train.bin").write_bytes(b"x" * 1000)
     assert not isinstance(open_index(folder), LargeIndex)
     write(read_index(folder))  # makes the offsets again
-    assert isinstance(open_index(folder), LargeIndex)
+    large = open_index(folder)
+    assert isinstance(large, LargeIndex)
+    for shard, length in enumerate(plain.lengths):  # once they were all zeros
+        assert large.offsets.bounds(shard, 0, length) == plain.offsets.bounds(shard, 0, length)
 
 
 @pytest.mark.parametrize("keep", [0, 7, 60, 90, -1])
@@ -148,6 +152,21 @@ def test_no_sidecar_no_word(tmp_path: Path, caplog: pytest.LogCaptureFixture) ->
     assert caplog.text == ""
     with pytest.raises(ConfigError, match=r"has no _info\.json"):
         open_index(tmp_path)
+
+
+def test_a_shard_that_changes_before_it_was_read_is_an_error(folder: Path) -> None:
+    """Its tars are not looked at when the run begins; one that is written after that is held to its sha256."""
+    index = open_index(folder)
+    first, second = (folder / index.shards[i].filename for i in (1, 2))
+    whole = first.read_bytes()
+    first.write_bytes(whole)  # copied again
+    content = second.read_bytes()
+    second.write_bytes(content[:5000] + bytes([content[5000] ^ 1]) + content[5001:])
+    source = index.source()
+    assert source.read(1, 0, 1024) == whole[:1024]
+    with pytest.raises(SourceError, match="has changed: its sha256 is not its index's any more"):
+        source.read(2, 0, 1024)
+    source.close()
 
 
 def test_a_shard_that_changes_after_it_was_read_is_an_error(folder: Path) -> None:

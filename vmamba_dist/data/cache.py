@@ -93,7 +93,8 @@ class Cache:
         try:
             return self._read(file, entry, start, end, fetch)
         finally:
-            os.close(file)
+            with suppress(OSError):  # what fails to be written may fail to be closed
+                os.close(file)
 
     def _read(
         self, file: int, entry: Entry, start: int, end: int, fetch: Callable[[int, int], bytes]
@@ -227,7 +228,8 @@ class Cache:
             for at in range(0, entry.size, 1 << 20):
                 digest.update(os.pread(file, min(1 << 20, entry.size - at), base + at))
             if digest.hexdigest() != entry.sha256:
-                (self.folder / entry.name).unlink(missing_ok=True)
+                with suppress(OSError):
+                    (self.folder / entry.name).unlink()
                 raise SourceError(
                     f"{redact(entry.address)} has changed or was damaged on its way: its sha256 is "
                     f"{digest.hexdigest()[:12]}…, the index says {entry.sha256[:12]}…; put the old one back, or pack "

@@ -20,7 +20,7 @@ import threading
 import zlib
 from collections import OrderedDict
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
@@ -271,7 +271,7 @@ class MixedSource:
         self._sources = [part.source() for part in parts]
         self._part_of, self._first = _numbered(parts)
         # One that several threads may not use is read by one at a time; the others' answers are waited for meanwhile.
-        self._locks = [
+        self._locks: list[AbstractContextManager[object]] = [
             threading.Lock() if source.concurrency == 1 else nullcontext() for source in self._sources
         ]
         self.concurrency = max(source.concurrency for source in self._sources)

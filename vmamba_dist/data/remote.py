@@ -191,7 +191,9 @@ def _hint(status: int) -> str:
             "https://"
         )
     if status == HTTPStatus.PROXY_AUTHENTICATION_REQUIRED:
-        return "; a proxy's user and password stand in HTTPS_PROXY or HTTP_PROXY: http://user:password@host:port"
+        return (
+            "; a proxy's user and password stand in HTTPS_PROXY or HTTP_PROXY: http://user:password@host:port"
+        )
     return ""
 
 

@@ -203,7 +203,7 @@ class StoreFolder:
         try:
             for folder, own in below.items():
                 address = f"{self.root}/{folder}" if folder else self.root
-                for item in cast("ListingStore", self._store).list(address, os.path.commonprefix(own)):
+                for item in cast("ListingStore", self._store).list(address, _beginning(own)):
                     if item.address in wanted:
                         found[item.address] = item
         except SourceError as error:  # who may read what lies there need not be allowed to list it
@@ -380,6 +380,13 @@ def _common_folder(paths: Sequence[str]) -> str:
         level[0]
         for level in itertools.takewhile(lambda level: len(set(level)) == 1, zip(*split, strict=False))
     )
+
+
+def _beginning(names: Sequence[str]) -> str:
+    """What all names begin with."""
+    first, last = min(names), max(names)
+    same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False))
+    return "".join(letter for letter, _ in same)
 
 
 def _open_kept(

@@ -49,6 +49,7 @@ log = logging.getLogger(__name__)
 MAGIC = b"VMINDX01"
 LARGE = 10_000  # shards: from here on `shards pack` writes sidecars
 _HEADER = 72
+_TICK_NS = 20_000_000  # by which a file's times may lag behind the clock
 _Value = TypeVar("_Value")
 
 
@@ -293,4 +294,4 @@ class LargeIndex(Index):
     def local_source(self) -> LocalSource:
         table, root = self.table, self.root
         paths = _Column(len(table), lambda i: root / table.filename(i))
-        return LocalSource(paths, since=self.opened, sha256=_Column(len(table), table.sha256))
+        return LocalSource(paths, since=self.opened - _TICK_NS, sha256=_Column(len(table), table.sha256))

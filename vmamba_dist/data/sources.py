@@ -191,7 +191,9 @@ class LocalSource:
         if self._written is not None:
             return size, self._written[shard]
         # A file server's clock may be ahead of this machine's: only a sha256 tells that from a change.
-        late = self._since is not None and now.st_mtime_ns > self._since and self._sha256 and self._sha256[shard]
+        late = (
+            self._since is not None and now.st_mtime_ns > self._since and self._sha256 and self._sha256[shard]
+        )
         return size, -1 if late else now.st_mtime_ns
 
     def _forget(self, shard: int) -> None:
