@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,6 +46,7 @@ PACKING = "_packing"  # there while a set is being written, or was when its writ
 MAX_CLASSES = 1_000_000  # a label beyond is a mistake, not a class
 EVAL_SPLITS = ("val", "validation", "test")
 _MIB = 1 << 20
+_Value = TypeVar("_Value")
 _THREADS = 8  # reading headers waits for a network file system, and takes the interpreter's lock else
 
 
@@ -61,6 +62,21 @@ class Shard:
     def of_size(self, num_bytes: int | None) -> Shard:
         """Return it with its file's size, where its index has none."""
         return self if self.num_bytes is not None else replace(self, num_bytes=num_bytes)
+
+
+class Column(Sequence[_Value]):
+    """Values that are made when asked for: a million objects would take hundreds of MB."""
+
+    def __init__(self, count: int, value: Callable[[int], _Value]) -> None:
+        self._count, self._value = count, value
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, i: Any) -> Any:
+        if isinstance(i, slice):
+            return [self._value(j) for j in range(*i.indices(self._count))]
+        return self._value(range(self._count)[i])
 
 
 class Bounds(Protocol):

@@ -29,7 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vmamba_dist.config.schema import ConfigError
-from vmamba_dist.data.index import Index, Shard
+from vmamba_dist.data.index import Column, Index, Shard
 from vmamba_dist.data.order import EpochOrder, Run, check_lanes
 from vmamba_dist.data.sources import Source
 
@@ -87,16 +87,19 @@ class Mixture:
         return tuple(weight / sum(self.weights) for weight in self.weights)
 
     @cached_property
-    def shards(self) -> tuple[Shard, ...]:
-        return tuple(
-            replace(shard, filename=f"{i}:{shard.filename}")
-            for i, part in enumerate(self.parts)
-            for shard in part.shards
-        )
+    def shards(self) -> Sequence[Shard]:
+        part_of, first = _numbered(self.parts)
+
+        def shard(i: int) -> Shard:
+            part = int(part_of[i])
+            own = self.parts[part].shards[i - first[part]]
+            return replace(own, filename=f"{part}:{own.filename}")
+
+        return Column(len(part_of), shard)
 
     @cached_property
-    def lengths(self) -> list[int]:
-        return [shard.num_samples for shard in self.shards]
+    def lengths(self) -> NDArray[np.int64]:
+        return np.concatenate([np.asarray(part.lengths, dtype=np.int64) for part in self.parts])
 
     @property
     def mean_bytes(self) -> float:

@@ -43,6 +43,7 @@ from vmamba_dist.data.index import (
     EVAL_SPLITS,
     INFO,
     PACKING,
+    Column,
     Index,
     Listed,
     Offsets,
@@ -251,16 +252,19 @@ class Places:
         with closing(place.folder):
             if place.names is None and isinstance(place.folder, LocalFolder) and not _is_bare(place.folder):
                 index = open_index(place.folder.address, split, key=key, scan=_keeping(self._keep))
-                items = _items_of(index) if data.cache_dir else []
+                items: Sequence[Item] = _items_of(index)
             else:
                 index, items = _open_kept(place, split, data, self._keep, named)
         opener = index.opener or index.source
         if data.cache_dir:
             cache = Cache(Path(data.cache_dir).expanduser(), int(data.cache_gib * (1 << 30)))
-            entries = [
-                Entry(item.address, item.size or 0, shard.sha256, item.tag)
-                for item, shard in zip(items, index.shards, strict=True)
-            ]
+            shards = index.shards
+
+            def entry(i: int) -> Entry:
+                item = items[i]
+                return Entry(item.address, item.size or 0, shards[i].sha256, item.tag)
+
+            entries = Column(len(shards), entry)
             return dataclasses.replace(index, opener=lambda: CachedSource(opener(), cache, entries))
         return index
 
@@ -303,17 +307,19 @@ class _Place:
         return items
 
 
-def _items_of(index: Index) -> list[Item]:
+def _items_of(index: Index) -> Sequence[Item]:
     """The files of a local set, as the cache must know them: a time tells two of one size apart."""
-    items = []
-    for i, shard in enumerate(index.shards):
+
+    def item(i: int) -> Item:
+        shard = index.shards[i]
         path = index.root / shard.filename
         size = index.sizes[i] if index.sizes else shard.num_bytes  # a sidecar has looked at no tar
         tag = ""
         if not shard.sha256:
             tag = str(index.written[i] if index.written else path.stat().st_mtime_ns)
-        items.append(Item(str(path), size, tag))
-    return items
+        return Item(str(path), size, tag)
+
+    return Column(len(index.shards), item)
 
 
 def _locate(address: str, data: DataConfig, key: str) -> tuple[Folder, list[str] | None]:

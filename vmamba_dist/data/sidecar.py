@@ -22,10 +22,10 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar, cast, overload
+from typing import Any, cast, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,6 +34,7 @@ from vmamba_dist.config.schema import ConfigError
 from vmamba_dist.data.index import (
     EVAL_SPLITS,
     INFO,
+    Column,
     Index,
     Offsets,
     Shard,
@@ -50,7 +51,6 @@ MAGIC = b"VMINDX01"
 LARGE = 10_000  # shards: from here on `shards pack` writes sidecars
 _HEADER = 72
 _TICK_NS = 20_000_000  # by which a file's times may lag behind the clock
-_Value = TypeVar("_Value")
 
 
 def path_of(root: Path, split: str) -> Path:
@@ -249,19 +249,6 @@ class Bounds(Offsets):
         return np.frombuffer(os.pread(self._file, 4 * count, at), dtype="<u4")
 
 
-class _Column(Sequence[_Value]):
-    """A column of the table, whose values are made when asked for."""
-
-    def __init__(self, count: int, value: Callable[[int], _Value]) -> None:
-        self._count, self._value = count, value
-
-    def __len__(self) -> int:
-        return self._count
-
-    def __getitem__(self, i: Any) -> Any:
-        return self._value(i)
-
-
 @dataclass(frozen=True)
 class LargeIndex(Index):
     """An index whose shards stay in the mapped file."""
@@ -293,5 +280,5 @@ class LargeIndex(Index):
 
     def local_source(self) -> LocalSource:
         table, root = self.table, self.root
-        paths = _Column(len(table), lambda i: root / table.filename(i))
-        return LocalSource(paths, since=self.opened - _TICK_NS, sha256=_Column(len(table), table.sha256))
+        paths = Column(len(table), lambda i: root / table.filename(i))
+        return LocalSource(paths, since=self.opened - _TICK_NS, sha256=Column(len(table), table.sha256))
