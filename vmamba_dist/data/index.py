@@ -520,9 +520,10 @@ def describe(folder: str | Path) -> str:
     """Summarise a set as its index has it. Raises ConfigError where there is none."""
     root = local_path(str(folder))
     info = read_info(root, "folder")
-    lines = [f"{info.get('name', root.name)}: {info.get('num_classes', '?')} classes, in {root}"]
-    for split in info["splits"]:
-        index = read_index(root, split, key="folder")
+    indices = {split: read_index(root, split, key="folder") for split in info["splits"]}
+    num_classes = max((index.num_classes for index in indices.values()), default=0)
+    lines = [f"{info.get('name', root.name)}: {num_classes} classes, in {root}"]
+    for split, index in indices.items():
         total = sum(shard.num_bytes or 0 for shard in index.shards)
         lengths = index.lengths
         lines.append(

@@ -195,8 +195,8 @@ class StoreFolder:
     def find_listed(self, names: Sequence[str]) -> list[Item | None] | None:
         below: dict[str, list[str]] = {}
         for name in names:
-            folder, _, own = name.rpartition("/")
-            below.setdefault(folder, []).append(own)
+            folder, _, last = name.rpartition("/")
+            below.setdefault(folder, []).append(last)
         if not self.is_listed or len(names) <= self.parallel * len(below):
             return None
         wanted = {f"{self.root}/{name}" for name in names}
@@ -314,10 +314,12 @@ def _items_of(index: Index) -> Sequence[Item]:
         shard = index.shards[i]
         path = index.root / shard.filename
         size = index.sizes[i] if index.sizes else shard.num_bytes  # a sidecar has looked at no tar
-        tag = ""
-        if not shard.sha256:
-            tag = str(index.written[i] if index.written else path.stat().st_mtime_ns)
-        return Item(str(path), size, tag)
+        if shard.sha256:
+            return Item(str(path), size)
+        if index.written:
+            return Item(str(path), size, str(index.written[i]))
+        found = look_at(path)
+        return Item(str(path), size, "" if found is None else str(found[1]))
 
     return Column(len(index.shards), item)
 
