@@ -75,7 +75,7 @@ def test_training_reads_the_same(folder: Path, workers: int) -> None:
 def test_a_cache_and_a_mixture_make_no_object_of_each_shard(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """They cost 117 and 142 MiB at 200,000 shards, and five seconds."""
+    """At 200,000 shards those took more than a hundred MB and five seconds."""
     made: list[object] = []
     get = ShardTable.__getitem__
 
