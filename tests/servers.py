@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import boto3
 
@@ -38,12 +39,21 @@ class Shelf:
     retry_after: str = ""
     tag: str = ""  # instead of the file's own
     needs: str = ""  # an Authorization header, or 401
+    needs_proxy: str = (
+        ""  # a Proxy-Authorization header, or 407; any host's addresses are answered from the folder
+    )
+    tunnels: list[tuple[str, str]] = field(default_factory=list)  # host and Proxy-Authorization; refused
+    wait_s: float = 0.0  # before each answer of a tar
     asked: list[tuple[str, str, str]] = field(default_factory=list)  # path, Range, fault
     sent: int = 0  # bytes of tars
+    at_once: int = 0  # requests for tars that are being answered
+    most_at_once: int = 0
     sockets: set[int] = field(default_factory=set)  # of connections that are open
     released: threading.Event = field(
         default_factory=threading.Event
     )  # set at the end: nothing stalls longer
+
+    lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
     def open_sockets(self) -> int:
@@ -74,14 +84,27 @@ class _Handler(BaseHTTPRequestHandler):
         with suppress(ConnectionError, BrokenPipeError):
             self._answer()
 
+    def do_CONNECT(self) -> None:
+        self.server.shelf.tunnels.append((self.path, self.headers.get("Proxy-Authorization", "")))
+        self._refuse(502)
+
     def _answer(self) -> None:
         shelf = self.server.shelf
-        path, asked = self.path.partition("?")[0], self.headers.get("Range", "")
+        path, asked = urlsplit(self.path).path, self.headers.get("Range", "")
         is_tar = path.endswith(".tar")
+        if is_tar and shelf.wait_s:
+            with shelf.lock:
+                shelf.at_once += 1
+                shelf.most_at_once = max(shelf.at_once, shelf.most_at_once)
+            shelf.released.wait(shelf.wait_s)
+            with shelf.lock:
+                shelf.at_once -= 1
         fault = (shelf.faults.popleft() if shelf.faults else shelf.always) if is_tar else ""
         shelf.asked.append((self.path, asked, fault))
         if shelf.needs and self.headers.get("Authorization") != shelf.needs:
             return self._refuse(401)
+        if shelf.needs_proxy and self.headers.get("Proxy-Authorization") != shelf.needs_proxy:
+            return self._refuse(407)
         if fault.startswith("to "):
             self.send_response(302)
             self.send_header("Location", fault[3:])

@@ -16,7 +16,6 @@ from pathlib import Path
 import pytest
 
 from vmamba_dist.config.schema import ConfigError
-from vmamba_dist.data import cache
 from vmamba_dist.data.cache import PIECE, Cache, CachedSource, Entry
 from vmamba_dist.data.sources import LocalSource, SourceError
 
@@ -152,9 +151,8 @@ def exit_code(pid: int) -> int:
 
 
 @forks
-def test_a_full_disk_is_told_once_and_reads_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_told_once_and_reads_on(tmp_path: Path) -> None:
     """A limit on the size of files stands in for the disk: the kernel refuses to write beyond it."""
-    monkeypatch.setattr(cache, "_LEFT_OUT", (*cache._LEFT_OUT, errno.EFBIG))
     inner = Counted(4)
     source = cached(tmp_path, inner)
 
@@ -162,13 +160,54 @@ def test_a_full_disk_is_told_once_and_reads_on(tmp_path: Path, monkeypatch: pyte
         told: list[str] = []
         handler = logging.Handler()
         handler.emit = lambda record: told.append(record.getMessage())  # type: ignore[method-assign]
-        cache.log.addHandler(handler)
+        logging.getLogger("vmamba_dist.data.cache").addHandler(handler)
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (SIZE // 2, SIZE // 2))
         right = all(source.read(i, 0, SIZE) == inner.shards[i] for i in range(4))
-        return right and len(told) == 1 and "cannot be written" in told[0]
+        return right and len(told) == 1 and "the cache fails" in told[0]
 
     assert exit_code(forked(child)) == 0
+
+
+@pytest.mark.parametrize(
+    ("call", "error"),
+    [
+        ("pread", errno.EIO),
+        ("open", errno.EROFS),
+        ("utime", errno.EROFS),
+        ("pwrite", errno.EROFS),
+        ("ftruncate", errno.EIO),
+        ("fstat", errno.ESTALE),
+        ("link", errno.EIO),
+        ("scandir", errno.EIO),
+    ],
+)
+def test_a_folder_that_fails_is_one_that_has_nothing(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    call: str,
+    error: int,
+) -> None:
+    """A worn disk, or one remounted read-only: once that error ended the run. A healthy disk has none to give."""
+    inner = Counted(3)
+    source = cached(tmp_path, inner, 2 * SIZE)
+    source.read(0, 0, SIZE)
+    os.utime(tmp_path / inner.entries()[0].name, (1, 1))  # so that the next use is noted
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(error, os.strerror(error))
+
+    with monkeypatch.context() as broken:
+        broken.setattr(os, call, fail)
+        for i in (0, 1, 2, 0):
+            assert source.read(i, 7, SIZE - 7) == inner.shards[i][7 : SIZE - 7]
+    assert caplog.text.count("the cache fails") == 1
+    assert os.strerror(error) in caplog.text
+    for i in (0, 1, 2):
+        assert source.read(i, 0, SIZE) == inner.shards[i]
+    with pytest.raises(SourceError, match="has changed or was damaged"):  # which is an OSError too
+        cached(tmp_path / "other", inner, sha256="0" * 64).read(0, 0, SIZE)
 
 
 def test_a_folder_that_cannot_be_used_is_named(tmp_path: Path) -> None:
@@ -241,8 +280,11 @@ def test_a_local_file_that_changes_is_an_error(tmp_path: Path) -> None:
     os.utime(path, (2, 2))
     with pytest.raises(SourceError, match=r"a\.tar has changed: its sha256 is not its index's any more"):
         known.read(0, 0, 5)
+    begun = LocalSource([path], sizes=[1000], written=[2], sha256=[digest])  # as it was, and is no more
+    with pytest.raises(SourceError, match=r"a\.tar has changed: its sha256 is not its index's any more"):
+        begun.read(0, 0, 5)
     path.write_bytes(b"a" * 999)
     with pytest.raises(SourceError, match="it has 999 bytes, and had 1000"):
         known.read(0, 0, 5)
-    known.close()
-    unknown.close()
+    for source in (known, unknown, begun):
+        source.close()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
+import time
 from collections import Counter
 from itertools import islice
 from pathlib import Path
@@ -13,12 +15,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from servers import shelf
 from shardsets import make_set, members, rewrite
 from vmamba_dist.config.schema import AugmentConfig, ConfigError, DataConfig
 from vmamba_dist.data.batch import Batch
 from vmamba_dist.data.mixture import Lane, Mixture, MixtureOrder, apportion
 from vmamba_dist.data.order import EpochOrder, readers_are_apart, worker_of
+from vmamba_dist.data.sets import open_set
 from vmamba_dist.data.shards import read_index
+from vmamba_dist.data.sources import LocalSource
 from vmamba_dist.data.stream import TrainStream
 
 SIZE = 8
@@ -190,6 +195,38 @@ def test_bad_samples_are_replaced_within_their_source_and_named_with_it(tmp_path
     again = take(25, stream(mixture, 2, known_bad=bad))
     assert rows(again) == rows(batches)
     assert [found for batch in again for found in batch.bad] == bad
+
+
+class Alone(LocalSource):
+    """A local source that is read by one thread at a time, or fails."""
+
+    busy: threading.Lock
+
+    def read(self, shard: int, start: int, end: int) -> bytes:
+        assert self.busy.acquire(blocking=False)
+        try:
+            time.sleep(0.005)
+            return super().read(shard, start, end)
+        finally:
+            self.busy.release()
+
+
+def test_a_local_source_keeps_no_store_to_one_request_at_a_time(mixture: Mixture, tmp_path: Path) -> None:
+    """Once a mixture with one local source read its stores a block at a time: min(1, 16)."""
+    a, b = mixture.parts
+
+    def opened() -> Alone:
+        source = Alone([b.root / shard.filename for shard in b.shards])
+        source.busy = threading.Lock()
+        return source
+
+    with shelf(a.root) as server:
+        store = open_set(server.url, "train", data=DataConfig(), keep=tmp_path)
+        mixed_here = mixed(store, dataclasses.replace(b, opener=opened))
+        server.wait_s = 0.05
+        batches = take(2, stream(mixed_here))
+        assert server.most_at_once >= 3  # of its four lanes
+    assert rows(batches) == rows(take(2, stream(mixture)))
 
 
 def test_what_cannot_be_mixed_is_named(mixture: Mixture, tmp_path: Path) -> None:

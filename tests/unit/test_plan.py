@@ -607,6 +607,9 @@ def test_what_is_assumed_where_nothing_is_said(tmp_path: Path) -> None:
     asked = ask(["gpu=h200-141", f"data.train={tmp_path}", "launch.gpus_per_node=4"])
     assert (asked.samples, asked.job.classes, asked.job.gpus, asked.place.per_node) == (500, 10, 4, 4)
     assert ask(["gpu=h200-141", f"data.train={tmp_path}", "samples=7"]).samples == 7
+    (tmp_path / "_info.json").write_text('{"splits": {"train": {"num_samples": 500}}}')  # as timm's
+    asked = ask(["gpu=h200-141", f"data.train={tmp_path}"])
+    assert (asked.samples, asked.job.classes) == (500, 1000)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import logging
 import os
 import pickle
@@ -220,6 +221,30 @@ def test_a_password_comes_from_netrc_and_is_never_told(
     with pytest.raises(ConfigError, match=r"netrc, line 1: not in netrc's form") as bad:
         fetcher.read(item(server), 0, 10)
     assert "hush" not in str(bad.value)
+
+
+def test_a_proxy_is_given_its_user_and_password_and_they_are_never_told(
+    server: Shelf, fetcher: Fetcher, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Once the proxy was asked without them. An https:// address gives them to the tunnel alone."""
+    for name in ("no_proxy", "NO_PROXY", "REQUEST_METHOD"):
+        monkeypatch.delenv(name, raising=False)
+    server.needs_proxy = "Basic " + base64.b64encode("me:hush@ü".encode()).decode()
+    place = server.url.removeprefix("http://")
+    far = Item("http://far.example/a.tar", len(CONTENT))
+    monkeypatch.setenv("http_proxy", f"http://{place}")
+    with pytest.raises(SourceError, match=r"HTTP 407.*user and password stand in HTTPS_PROXY or HTTP_PROXY"):
+        fetcher.read(far, 0, 10)
+    for scheme in ("http", "https"):
+        monkeypatch.setenv(f"{scheme}_proxy", f"http://me:hush%40%C3%BC@{place}")
+    assert fetcher.read(far, 0, 10) == CONTENT[:10]
+    assert server.asked[-1][0] == "http://far.example/a.tar"
+    with pytest.raises(SourceError, match="502") as caught:
+        fetcher.read(Item("https://far.example/a.tar"), 0, 10)
+    assert server.tunnels == [("far.example:443", server.needs_proxy)] * 4
+    assert "hush" not in caplog.text + str(caught.value) + repr(caught.value.__cause__)
+    monkeypatch.setenv("http_proxy", f"me:hush%40%C3%BC@{place}")  # as curl takes it
+    assert fetcher.read(far, 0, 10) == CONTENT[:10]
 
 
 @pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")

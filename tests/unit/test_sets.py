@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
+import fcntl
 import itertools
 import json
 import logging
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import sys
 import threading
@@ -22,6 +25,7 @@ import boto3
 import pytest
 import torch
 from botocore.credentials import RefreshableCredentials
+from botocore.exceptions import ClientError
 
 from servers import BUCKET, KEY_ID, SECRET, Shelf, s3, shelf, upload
 from shardsets import make_set, members, picture, write_images
@@ -29,7 +33,7 @@ from vmamba_dist.config.schema import AugmentConfig, ConfigError, DataConfig, Ev
 from vmamba_dist.data import remote, sets, sidecar
 from vmamba_dist.data.batch import Batch
 from vmamba_dist.data.s3 import S3
-from vmamba_dist.data.sets import open_set, split_of
+from vmamba_dist.data.sets import Places, open_set, split_of
 from vmamba_dist.data.shards import Index, pack, read_index, verify
 from vmamba_dist.data.sources import SourceError
 from vmamba_dist.data.stream import TrainStream, eval_batches
@@ -142,6 +146,66 @@ def test_offsets_are_made_where_a_set_has_none(folder: Path, server: Shelf, tmp_
     assert_the_set(index, folder)
 
 
+@pytest.fixture
+def timms(folder: Path, tmp_path: Path) -> Path:
+    """The set as timm writes one: names, lengths, counts."""
+    made = copied(folder, tmp_path / "timms")
+    info = json.loads((made / "_info.json").read_text())
+    entry = {k: v for k, v in info["splits"]["train"].items() if k not in ("bytes", "sha256")}
+    (made / "_info.json").write_text(json.dumps({"name": "odd", "splits": {"train": entry}}))
+    (made / "_offsets-train.bin").unlink()
+    return made
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_set_of_timms_is_the_set(folder: Path, timms: Path, tmp_path: Path, cached: bool) -> None:
+    """By every address, with the classes of its labels; once it was refused, or asked each rank to scan it."""
+    known = data(cache_dir=str(tmp_path / "cache")) if cached else data()
+    with shelf(tmp_path) as up:
+        index = open_set(f"{up.url}/timms", "train", data=known, keep=tmp_path / "k")
+        own = open_set(str(timms), "train", data=known, keep=tmp_path / "k")
+        assert index.fingerprint() == own.fingerprint() == read_index(timms).fingerprint()
+        assert_the_set(index, folder)
+        assert_the_set(own, folder)
+
+
+def test_a_local_sets_tars_are_scanned_once_and_that_is_kept(
+    folder: Path, timms: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Once each rank read every header, one tar after the other, at every start."""
+    caplog.set_level(logging.INFO)
+
+    def scanned() -> bool:
+        caplog.clear()
+        assert_the_set(open_set(str(timms), "train", data=data(), keep=tmp_path / "k"), folder)
+        return "reading the headers of 8 tars" in caplog.text
+
+    assert [scanned(), scanned()] == [True, False]
+    os.utime(timms / "odd-train-000002.tar", (1, 1))  # another file, for all that is known
+    assert [scanned(), scanned()] == [True, False]
+    path = timms / "odd-train-000001.tar"
+    os.truncate(path, read_index(folder).offsets.bounds(1, 0, 13)[4] + 300)
+    for _ in range(2):  # what is lost is told at every start, and never takes other samples along
+        index = open_set(str(timms), "train", data=data(), keep=tmp_path / "k")
+        assert "4 samples of 13; what is lost counts as bad samples" in "".join(index.warnings)
+        batches = take(8, stream(index))
+        assert {bad.index for batch in batches for bad in batch.bad} <= set(range(4, 13))
+
+
+def test_training_and_evaluation_look_at_a_place_once(folder: Path, tmp_path: Path) -> None:
+    names = [path.stem for path in make_set(tmp_path, 97, holdout=0.3).glob("*.tar")]
+    with shelf(tmp_path) as up:
+        places = Places(data(), tmp_path / "k")
+        address = f"{up.url}/set/{{{','.join(names)}}}.tar"
+        train, test = places.open(address, "train"), places.open(address, "auto", key="eval.data")
+        assert (train.split, test.split, train.num_samples + test.num_samples) == ("train", "test", 97)
+        assert sorted(up.ranges()).count("bytes=0-0") == len(names)
+        del up.asked[:]
+        for split in ("train", "auto"):
+            places.open(f"{up.url}/set", split)
+        assert [path for path, *_ in up.asked if path == "/set/_info.json"] == ["/set/_info.json"] * 3
+
+
 @pytest.mark.parametrize("where", ["bare", "set", "web"])
 def test_tars_without_an_index_get_one(folder: Path, server: Shelf, tmp_path: Path, where: str) -> None:
     """A folder of tars, a pattern of local ones, and a pattern behind a web server."""
@@ -228,6 +292,33 @@ def test_many_ranks_make_an_index_once(folder: Path, server: Shelf, tmp_path: Pa
 
 
 @forks
+def test_where_locks_do_not_hold_ranks_leave_each_other_at_work(
+    folder: Path, server: Shelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each makes the index for itself, at the same time, and the first is kept; once the second removed the first's."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    address = f"{server.url}/bare/{PATTERN}"
+    server.wait_s = 0.1
+    children = []
+    for rank in range(4):
+        child = os.fork()
+        if not child:
+            status = 2
+            try:
+                time.sleep(0.05 * rank)
+                status = 0 if open_set(address, "train", data=data(), keep=tmp_path).num_samples == 97 else 1
+            finally:
+                os._exit(status)
+        children.append(child)
+    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0] * 4
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+@forks
 def test_a_rank_that_is_killed_at_it_leaves_no_half_index(
     folder: Path, server: Shelf, tmp_path: Path
 ) -> None:
@@ -243,10 +334,15 @@ def test_a_rank_that_is_killed_at_it_leaves_no_half_index(
         time.sleep(0.02)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    assert list(tmp_path.glob("*.tmp"))
+    (left,) = tmp_path.glob("*.tmp")
     server.always = ""
     assert open_set(address, "train", data=data(), keep=tmp_path).num_samples == 97
-    assert not list(tmp_path.glob("*.tmp"))
+    (kept,) = [path for path in tmp_path.iterdir() if path.is_dir() and path != left]
+    for age, stays in ((3600, True), (2 * 24 * 3600, False)):  # a young one may be another rank's at work
+        shutil.rmtree(kept)
+        os.utime(left, (time.time() - age,) * 2)
+        assert open_set(address, "train", data=data(), keep=tmp_path).num_samples == 97
+        assert list(tmp_path.glob("*.tmp")) == [left] * stays
 
 
 def test_a_folder_that_cannot_be_written_keeps_it_elsewhere(
@@ -357,6 +453,72 @@ def test_a_shard_that_changes_during_the_run_is_an_error(folder: Path, server: S
     shorter = [dataclasses.replace(shard, num_bytes=7) for shard in index.shards]
     with pytest.raises(SourceError, match=r"size"):
         take(1, stream(dataclasses.replace(index, shards=tuple(shorter), opener=_of(server, shorter))))
+
+
+def copied(folder: Path, to: Path) -> Path:
+    to.mkdir(parents=True)
+    for path in folder.iterdir():
+        (to / path.name).write_bytes(path.read_bytes())
+    return to
+
+
+def change(folder: Path) -> None:
+    """Another byte in each shard, at the same size."""
+    for path in folder.glob("*.tar"):
+        content = bytearray(path.read_bytes())
+        content[600] ^= 1
+        path.write_bytes(content)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("way", ["folder", "bare", "pattern", "web", "web pattern"])
+def test_a_shard_that_changes_before_the_first_batch_is_an_error(
+    folder: Path, tmp_path: Path, way: str, cached: bool
+) -> None:
+    """At the same size: once each reader took for granted what it first saw."""
+    made = copied(folder if way in ("folder", "web") else folder.parent / "bare", tmp_path / "made")
+    known = data(cache_dir=str(tmp_path / "cache")) if cached else data()
+    with shelf(tmp_path) as up:
+        address = f"{up.url}/made" if way.startswith("web") else f"{made}"
+        address += f"/{PATTERN}" if way.endswith("pattern") else ""
+        index = open_set(address, "train", data=known, keep=tmp_path / "k")
+        change(made)
+        what = {"folder": "its sha256 is not", "web": "its tag is", "web pattern": "its tag is"}
+        with pytest.raises(SourceError, match=f"has changed: {what.get(way, 'it was written again')}"):
+            take(1, stream(index))
+
+
+def test_a_local_shard_that_is_written_again_alike_is_the_same(folder: Path, tmp_path: Path) -> None:
+    made = copied(folder, tmp_path / "made")
+    index = open_set(str(made), "train", data=data(), keep=tmp_path / "k")
+    for path in made.glob("*.tar"):
+        path.write_bytes(path.read_bytes())
+        os.utime(path, ns=(1, 1))
+    assert_same(take(3, stream(index)), take(3, stream(read_index(folder))))
+
+
+def test_a_resume_knows_a_stores_shards_by_what_the_first_start_saw(folder: Path, tmp_path: Path) -> None:
+    made = copied(folder, tmp_path / "made")
+    with shelf(tmp_path) as up:
+        open_set(f"{up.url}/made", "train", data=data(), keep=tmp_path / "k")
+        change(made)
+        index = open_set(f"{up.url}/made", "train", data=data(), keep=tmp_path / "k")
+        with pytest.raises(SourceError, match="has changed: its tag is"):
+            take(1, stream(index))
+
+
+def test_too_many_shards_of_a_web_server_are_not_looked_at(
+    folder: Path, server: Shelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of its readers holds them to what it first sees, and all of them to the index's sizes."""
+    monkeypatch.setattr(sets, "_MOST_LOOKS", 7)
+    index = open_set(f"{server.url}/set", "train", data=data(), keep=tmp_path)
+    assert server.ranges() == []
+    assert_same(take(3, stream(index)), take(3, stream(read_index(folder))))
+    server.tag = '"another"'
+    made = stream(index)
+    assert len(list(islice(made.batches(), 3))) == 3
+    made.close()
 
 
 def _of(server: Shelf, shards: list) -> object:  # type: ignore[type-arg]
@@ -493,6 +655,48 @@ def test_a_bucket_that_changes_is_an_error(folder: Path, endpoint: str, tmp_path
 
 
 @pytest.mark.usefixtures("account")
+def test_many_shards_of_a_bucket_are_found_by_one_list(
+    endpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With an index and by a pattern; so a change before the first batch is seen by their ETags. Who may not list looks
+    at each."""
+    made = make_set(tmp_path, 97, samples_per_shard=4)
+    upload(endpoint, made, "many")
+    asked: list[str] = []
+    listed, looked = S3.list, remote.Fetcher.look
+
+    def lists(store: S3, address: str, beginning: str = "") -> Iterator[remote.Item]:
+        asked.append(f"list {address}/{beginning}")
+        return listed(store, address, beginning)
+
+    def looks(fetcher: remote.Fetcher, address: str) -> remote.Item | None:
+        asked.append(f"look at {address.rpartition('/')[2]}")
+        return looked(fetcher, address)
+
+    monkeypatch.setattr(S3, "list", lists)
+    monkeypatch.setattr(remote.Fetcher, "look", looks)
+    own = data(s3=S3Config(endpoint))
+    pattern = "odd-train-{000000..000024}.tar"
+    index = open_set(f"s3://{BUCKET}/many", "train", data=own, keep=tmp_path / "k")
+    at = f"list s3://{BUCKET}/many/odd-train-0000"
+    assert asked == ["look at _info.json", at, "look at _offsets-train.bin"]
+    del asked[:]
+    same = open_set(f"s3://{BUCKET}/many/{pattern}", "train", data=own, keep=tmp_path / "k")
+    assert asked == [at]
+    assert index.lengths == same.lengths == read_index(made).lengths
+    with pytest.raises(ConfigError, match=r"1 of its 26 shards are missing, first odd-train-000025\.tar"):
+        open_set(f"s3://{BUCKET}/many/{pattern.replace('24', '25')}", "train", data=own, keep=tmp_path / "k")
+    change(made)
+    upload(endpoint, made, "many")
+    with pytest.raises(SourceError, match="has changed: its tag is"):
+        take(1, stream(index))
+    del asked[:]
+    with shelf(tmp_path) as up:
+        found = open_set(f"s3://set/{pattern}", "train", data=data(s3=S3Config(up.url)), keep=tmp_path / "k")
+    assert (found.lengths, len(asked)) == (index.lengths, 26)
+
+
+@pytest.mark.usefixtures("account")
 def test_no_secret_is_told(endpoint: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Of a bucket that fails, at the most detailed level of our own log."""
     caplog.set_level(logging.DEBUG, "vmamba_dist")
@@ -563,6 +767,43 @@ def test_a_request_is_signed_with_a_key_and_a_token_of_one_time(monkeypatch: pyt
     key = re.search(r"Credential=key(\d+)/", headers["Authorization"])
     assert key is not None
     assert headers["X-Amz-Security-Token"] == f"token{key[1]}"
+
+
+@pytest.mark.usefixtures("account")
+@pytest.mark.parametrize("fault", ["nothing", "expired", "no file", "refused"])
+def test_credentials_that_cannot_be_renewed_are_asked_for_again(
+    folder: Path, server: Shelf, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    """A role 14 minutes before its expiry, whose service misses one answer: once that error ended the run, raw."""
+
+    def given(minutes: float) -> dict[str, str]:
+        expiry = datetime.now(UTC) + timedelta(minutes=minutes)
+        return {"access_key": KEY_ID, "secret_key": SECRET, "token": "t", "expiry_time": expiry.isoformat()}
+
+    def fail() -> dict[str, str]:
+        if fault == "no file":
+            raise FileNotFoundError(2, "No such file or directory", "/token")
+        if fault == "refused":
+            raise ClientError({"Error": {"Code": "AccessDenied", "Message": "no"}}, "AssumeRole")
+        return given(-1) if fault == "expired" else {}  # {}: what botocore has of a time-out
+
+    answers = [fail, fail]
+    # botocore goes on with what it has where renewing itself fails early; here it is due.
+    begin = given(14) if fault == "nothing" else given(4)
+    role = RefreshableCredentials.create_from_metadata(
+        begin, lambda: answers.pop()() if answers else given(60), "a role"
+    )
+    monkeypatch.setattr(boto3.Session, "get_credentials", lambda session: role)
+    item = remote.Item("s3://set/odd-train-000000.tar")
+    content = (folder / "odd-train-000000.tar").read_bytes()
+    fetcher = remote.Fetcher(S3(server.url), remote.Patience(timeout_s=5, attempts=3))
+    assert fetcher.read(item, 0, 1000) == content[:1000]
+    assert not answers
+    role = RefreshableCredentials.create_from_metadata(begin, fail, "a role")
+    fetcher = remote.Fetcher(S3(server.url), remote.Patience(timeout_s=5, attempts=3))
+    words = r"s3://set/odd-train-000000\.tar: bytes 0 … 1000 could not be read in 3 attempts .*credentials cannot be "
+    with pytest.raises(SourceError, match=words + "renewed: .*"):
+        fetcher.read(item, 0, 1000)
 
 
 def test_without_boto3_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

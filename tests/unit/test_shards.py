@@ -97,6 +97,24 @@ def test_offsets_are_rebuilt_where_the_sidecar_is_missing_or_foreign(tmp_path: P
         assert rebuilt.warnings == ()
 
 
+def test_classes_are_counted_where_an_index_does_not_say_them(tmp_path: Path) -> None:
+    """timm's say neither num_classes nor classes, and were refused."""
+    folder = make_set(tmp_path)
+    whole = read_index(folder)
+    info = json.loads((folder / "_info.json").read_text())
+    bare = {k: v for k, v in info.items() if k not in ("num_classes", "classes")}
+    (folder / "_info.json").write_text(json.dumps(bare))
+    assert (whole.num_classes, read_index(folder).num_classes) == (5, 5)
+    (folder / "_offsets-train.bin").unlink()
+    found = read_index(folder)
+    assert (found.num_classes, found.warnings) == (5, ())
+    for path in folder.glob("*.tar"):
+        rewrite(path, [(m, b"cat" if m.name.endswith(".cls") else d) for m, d in members(path)])
+    edit(folder, bytes=[path.stat().st_size for path in sorted(folder.glob("*.tar"))])
+    with pytest.raises(ConfigError, match=r'no sample has a label .* add "num_classes": K beside "splits"'):
+        read_index(folder)
+
+
 def test_image_folder_gives_classes_by_name_and_splits_by_folder(tmp_path: Path) -> None:
     for split in ("train", "val"):
         for i, name in enumerate(("zebra", "ape", "yak")):
@@ -290,10 +308,8 @@ def test_unusable_indices_are_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"eval\.data=.* none of val, validation, test"):
         read_index(folder, "auto", key="eval.data")
     info = json.loads((folder / "_info.json").read_text())
-    (folder / "_info.json").write_text(
-        json.dumps({k: v for k, v in info.items() if k not in ("num_classes", "classes")})
-    )
-    with pytest.raises(ConfigError, match="does not say how many classes"):
+    (folder / "_info.json").write_text(json.dumps(info | {"num_classes": -1}))
+    with pytest.raises(ConfigError, match="num_classes is -1; leave it out, and the labels are counted"):
         read_index(folder)
     edit(folder, filenames=["../x.tar"] * 8)
     with pytest.raises(ConfigError, match="names files outside its folder"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -15,9 +16,11 @@ from shardsets import make_set
 from vmamba_dist.config.schema import AugmentConfig, ConfigError, DataConfig
 from vmamba_dist.data import sidecar
 from vmamba_dist.data.command import main
+from vmamba_dist.data.mixture import Mixture
 from vmamba_dist.data.reader import LaneReader
-from vmamba_dist.data.shards import read_index, read_samples
-from vmamba_dist.data.sidecar import LargeIndex, open_index, path_of, write, write_all
+from vmamba_dist.data.sets import open_set
+from vmamba_dist.data.shards import Index, Shard, read_index, read_samples
+from vmamba_dist.data.sidecar import LargeIndex, ShardTable, open_index, path_of, write, write_all
 from vmamba_dist.data.sources import Raw, SourceError
 from vmamba_dist.data.stream import TrainStream
 
@@ -69,16 +72,53 @@ def test_training_reads_the_same(folder: Path, workers: int) -> None:
         assert torch.equal(a, b)
 
 
+def test_a_cache_and_a_mixture_make_no_object_of_each_shard(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At 200,000 shards those took more than a hundred MB and five seconds."""
+    made: list[object] = []
+    get = ShardTable.__getitem__
+
+    def counted(table: ShardTable, i: int) -> Shard:
+        made.append(i)
+        return get(table, i)
+
+    monkeypatch.setattr(ShardTable, "__getitem__", counted)
+    data = DataConfig(image_size=8, global_batch=12, workers=0, block=4)
+    known = replace(data, cache_dir=str(tmp_path / "cache"))
+    large, plain = open_set(str(folder), "train", data=known, keep=tmp_path / "k"), read_index(folder)
+
+    def stream(index: Index) -> TrainStream:
+        return TrainStream(Mixture((index, index), (2.0, 1.0), 12), data, AugmentConfig(), seed=5, lanes=6)
+
+    one, other = stream(large), stream(plain)
+    batches = one.batches()
+    assert made == []
+    for a, b in zip(islice(batches, 9), islice(other.batches(), 9), strict=True):
+        assert torch.equal(a.images, b.images)
+    assert set(made) <= set(range(8))
+    one.close()
+    other.close()
+    mixed = one.index.shards
+    assert [shard.filename for shard in mixed] == [f"{i}:{s.filename}" for i in (0, 1) for s in plain.shards]
+    assert mixed[-1].num_samples == plain.shards[-1].num_samples
+
+
 def test_a_sidecar_of_another_index_is_left_alone(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     info = folder / "_info.json"
     info.write_text(info.read_text() + " ")
     assert not isinstance(open_index(folder), LargeIndex)
     assert "belongs to another _info.json" in caplog.text
     write(read_index(folder))
+    plain = read_index(folder)
+    bounds = [plain.offsets.bounds(shard, 0, length) for shard, length in enumerate(plain.lengths)]
     (folder / "_offsets-train.bin").write_bytes(b"x" * 1000)
     assert not isinstance(open_index(folder), LargeIndex)
     write(read_index(folder))  # makes the offsets again
-    assert isinstance(open_index(folder), LargeIndex)
+    large = open_index(folder)
+    assert isinstance(large, LargeIndex)
+    # Once they were all zeros.
+    assert [large.offsets.bounds(shard, 0, length) for shard, length in enumerate(plain.lengths)] == bounds
 
 
 @pytest.mark.parametrize("keep", [0, 7, 60, 90, -1])
@@ -114,6 +154,7 @@ def test_what_a_short_shard_has_lost_counts_as_bad(folder: Path) -> None:
     tar = folder / index.shards[1].filename
     with tar.open("r+b") as file:
         file.truncate(index.offsets.bounds(1, 5, 0)[0] + 300)
+    os.utime(tar, (1, 1))  # long before the run began
     images = torch.empty((97, 3, 8, 8), dtype=torch.uint8)
 
     def prepare(data: bytes, seed: int) -> torch.Tensor:
@@ -148,6 +189,21 @@ def test_no_sidecar_no_word(tmp_path: Path, caplog: pytest.LogCaptureFixture) ->
     assert caplog.text == ""
     with pytest.raises(ConfigError, match=r"has no _info\.json"):
         open_index(tmp_path)
+
+
+def test_a_shard_that_changes_before_it_was_read_is_an_error(folder: Path) -> None:
+    """Its tars are not looked at when the run begins; one that is written after that is held to its sha256."""
+    index = open_index(folder)
+    first, second = (folder / index.shards[i].filename for i in (1, 2))
+    whole = first.read_bytes()
+    first.write_bytes(whole)  # copied again
+    content = second.read_bytes()
+    second.write_bytes(content[:5000] + bytes([content[5000] ^ 1]) + content[5001:])
+    source = index.source()
+    assert source.read(1, 0, 1024) == whole[:1024]
+    with pytest.raises(SourceError, match="has changed: its sha256 is not its index's any more"):
+        source.read(2, 0, 1024)
+    source.close()
 
 
 def test_a_shard_that_changes_after_it_was_read_is_an_error(folder: Path) -> None:

@@ -3,7 +3,8 @@
 Law: what is read from the cache is what the source gave, or it is fetched again. Every piece carries a checksum,
 which is written after it; so a kill, a crash or a full disk at any byte leaves at worst a piece that does not
 count. A shard whose pieces are all there is held against its index's sha256, once, before it counts as whole. The
-folder never holds more than it may.
+folder never holds more than it may. A folder that fails, whatever in it, is one that has nothing: never a fault of the
+run.
 
 A shard is one sparse file, published by a link when its head stands:
     64 bytes            `VMCACHE1`, u64 size of the shard, u64 1 once its sha256 was checked
@@ -17,7 +18,6 @@ recently go; whoever reads one at that moment holds it open, and reads on.
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import hashlib
 import logging
@@ -43,7 +43,6 @@ _WHOLE_AT = 16
 _PAGE = 4096
 _KEEP = 0.9  # of the bound stays after an eviction, so that the next one is not due at once
 _TOUCH_S = 1.0  # between two notes of a use
-_LEFT_OUT = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM)  # warned of
 _STALE_S = 3600.0  # files of a process that was killed at work
 
 
@@ -69,7 +68,7 @@ class Cache:
         """Raises ConfigError where the folder cannot be made or written."""
         self.folder = folder
         self.max_bytes = max_bytes
-        self._told_full = False
+        self._told = False
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with self._usage() as (used, write):
@@ -94,21 +93,22 @@ class Cache:
         try:
             return self._read(file, entry, start, end, fetch)
         finally:
-            os.close(file)
+            with suppress(OSError):  # what fails to be written may fail to be closed
+                os.close(file)
 
     def _read(
         self, file: int, entry: Entry, start: int, end: int, fetch: Callable[[int, int], bytes]
     ) -> bytes:
         first, stop = start // PIECE, -(-end // PIECE)
-        sums = os.pread(file, 8 * (stop - first), _HEAD + 8 * first)
+        sums = self._get(file, 8 * (stop - first), _HEAD + 8 * first) or b""
         base = _data_at(entry.size)
         parts: list[bytes | None] = []
         for i in range(first, stop):
             have = None
             sum_ = sums[8 * (i - first) : 8 * (i - first) + 8]
             if any(sum_):
-                have = os.pread(file, min(PIECE, entry.size - i * PIECE), base + i * PIECE)
-                if _sum(have) != sum_:
+                have = self._get(file, min(PIECE, entry.size - i * PIECE), base + i * PIECE)
+                if have is not None and _sum(have) != sum_:
                     log.warning(
                         "%s: piece %d of %s is damaged; reading it anew",
                         self.folder,
@@ -129,35 +129,59 @@ class Cache:
             for i in range(low, high):
                 parts[i] = data[(i - low) * PIECE : (i - low + 1) * PIECE]
             added |= self._store(file, first + low, data, base)
-        _touch(file)
-        if added:
-            self._finish(file, entry, base)
+        try:
+            _touch(file)
+            if added:
+                self._finish(file, entry, base)
+        except SourceError:
+            raise
+        except OSError as error:
+            self._fail(error)
         whole = b"".join(part for part in parts if part is not None)
         return whole[start - first * PIECE : end - first * PIECE]
+
+    def _get(self, file: int, count: int, at: int) -> bytes | None:
+        """Read what is in a shard's file; None where the disk does not give it."""
+        try:
+            return os.pread(file, count, at)
+        except OSError as error:
+            self._fail(error)
+            return None
 
     def _open(self, entry: Entry) -> int | None:
         """Open a shard's file, made if needed; None where there is no room."""
         path = self.folder / entry.name
-        for _ in range(2):
-            try:
-                file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-            except FileNotFoundError:
-                pass
-            except PermissionError as error:
-                self._cannot_write(error)
-                return None
-            else:
-                if (
-                    os.pread(file, 16, 0) == _MAGIC + struct.pack("<Q", entry.size)
-                    and os.fstat(file).st_size == _data_at(entry.size) + entry.size
-                ):
-                    return file
-                os.close(file)
-                log.warning("%s: %s is no file of this cache's form; making it anew", self.folder, path.name)
-                path.unlink(missing_ok=True)
-            if not self._make(path, entry.size):
-                return None
+        try:
+            for _ in range(2):
+                try:
+                    file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+                except FileNotFoundError:
+                    pass
+                else:
+                    if self._has_form(file, entry.size):
+                        return file
+                    log.warning(
+                        "%s: %s is no file of this cache's form; making it anew", self.folder, path.name
+                    )
+                    path.unlink(missing_ok=True)
+                if not self._make(path, entry.size):
+                    return None
+        except OSError as error:
+            self._fail(error)
         return None
+
+    def _has_form(self, file: int, size: int) -> bool:
+        """Tell whether a file is of this cache's form; closes it where it is not."""
+        has_form = False
+        try:
+            has_form = (
+                os.pread(file, 16, 0) == _MAGIC + struct.pack("<Q", size)
+                and os.fstat(file).st_size == _data_at(size) + size
+            )
+        finally:
+            if not has_form:
+                os.close(file)
+        return has_form
 
     def _make(self, path: Path, size: int) -> bool:
         head = _data_at(size)
@@ -173,11 +197,9 @@ class Cache:
                 os.close(file)
             with suppress(FileExistsError):  # another process was first
                 os.link(beside, path)
-        except OSError as error:
-            self._cannot_write(error)
-            return False
         finally:
-            beside.unlink(missing_ok=True)
+            with suppress(OSError):  # what fails to be written may fail to be removed
+                beside.unlink(missing_ok=True)
         return True
 
     def _store(self, file: int, first: int, data: bytes, base: int) -> bool:
@@ -188,7 +210,7 @@ class Cache:
             sums = b"".join(_sum(data[at : at + PIECE]) for at in range(0, len(data), PIECE))
             _write_all(file, sums, _HEAD + 8 * first)
         except OSError as error:
-            self._cannot_write(error)
+            self._fail(error)
             return False
         return True
 
@@ -206,7 +228,8 @@ class Cache:
             for at in range(0, entry.size, 1 << 20):
                 digest.update(os.pread(file, min(1 << 20, entry.size - at), base + at))
             if digest.hexdigest() != entry.sha256:
-                (self.folder / entry.name).unlink(missing_ok=True)
+                with suppress(OSError):
+                    (self.folder / entry.name).unlink()
                 raise SourceError(
                     f"{redact(entry.address)} has changed or was damaged on its way: its sha256 is "
                     f"{digest.hexdigest()[:12]}…, the index says {entry.sha256[:12]}…; put the old one back, or pack "
@@ -216,12 +239,16 @@ class Cache:
 
     def _reserve(self, count: int) -> bool:
         """Take room for `count` bytes, of others if need be; False where there is none."""
-        with self._usage() as (used, write):
-            if used + count > self.max_bytes:
-                used = self._evict(count)
-            if used + count > self.max_bytes:
-                return False
-            write(used + count)
+        try:
+            with self._usage() as (used, write):
+                if used + count > self.max_bytes:
+                    used = self._evict(count)
+                if used + count > self.max_bytes:
+                    return False
+                write(used + count)
+        except OSError as error:
+            self._fail(error)
+            return False
         return True
 
     def _evict(self, count: int) -> int:
@@ -258,14 +285,13 @@ class Cache:
         finally:
             os.close(file)
 
-    def _cannot_write(self, error: OSError) -> None:
-        if error.errno not in _LEFT_OUT:
-            raise error
-        if not self._told_full:
+    def _fail(self, error: OSError) -> None:
+        """Say once that the folder fails: it is done without, and a full disk fails at every read."""
+        if not self._told:
             log.warning(
-                "%s: cannot be written (%s); what is not there is read without it", self.folder, error
+                "%s: the cache fails (%s); what it does not give is read from the source", self.folder, error
             )
-            self._told_full = True
+            self._told = True
 
 
 class CachedSource:

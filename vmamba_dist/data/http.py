@@ -21,7 +21,7 @@ from email.utils import parsedate_to_datetime
 from http import HTTPStatus
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
+from urllib.parse import unquote_to_bytes, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 import urllib3
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 _CHUNK = 1 << 16  # bytes: between two looks at the clock
 _CONNECT_S = 10.0
+_HOSTS = 8  # whose connections are kept
 _REDIRECTS = Retry(
     total=None,
     connect=0,
@@ -158,13 +159,23 @@ class Http:
         proxy = "" if proxy_bypass(parts.hostname or "") else getproxies().get(parts.scheme, "")
         if proxy not in self._pools:
             bundle = os.environ.get("AWS_CA_BUNDLE") or os.environ.get("REQUESTS_CA_BUNDLE")
-            common = {"num_pools": 8, "maxsize": self._connections, "block": True, "ca_certs": bundle}
+            common = {"maxsize": self._connections, "block": True, "ca_certs": bundle}
             self._pools[proxy] = (
-                urllib3.ProxyManager(proxy, **common)  # type: ignore[arg-type]
+                urllib3.ProxyManager(*_proxy(proxy), **common)  # type: ignore[arg-type]
                 if proxy
-                else urllib3.PoolManager(**common)  # type: ignore[arg-type]
+                else urllib3.PoolManager(_HOSTS, **common)  # type: ignore[arg-type]
             )
         return self._pools[proxy]
+
+
+def _proxy(address: str) -> tuple[str, int, None, dict[str, str]]:
+    """Return ProxyManager's arguments: an address without user and password, and these as headers for it alone."""
+    scheme, _, rest = address.rpartition("://")
+    user, at, host = rest.rpartition("@")
+    # The bytes that are meant, whatever they encode: the header is made of latin-1.
+    known = unquote_to_bytes(user).decode("latin-1")
+    headers = dict(make_headers(proxy_basic_auth=known)) if at else {}
+    return f"{scheme or 'http'}://{host}", _HOSTS, None, headers
 
 
 def basic_auth(url: str) -> dict[str, str]:

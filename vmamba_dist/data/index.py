@@ -7,22 +7,26 @@ hold, and labels beyond its classes are refused by name.
 A set is
     NAME-SPLIT-000000.tar …   members `key.jpg|png|webp` and `key.cls` (or `key.json` with an integer `label`)
     _info.json                timm's form: splits → {name, filenames, shard_lengths, num_samples}, with `bytes` and
-                              `sha256`, one a shard; num_classes and classes beside `splits`
+                              `sha256`, one a shard; num_classes and classes beside `splits`, else the labels are
+                              read
     sizes.json                open_clip's form: file name → number of samples
-    _offsets-SPLIT.bin        where each sample starts (see Offsets); rebuilt in memory where it is missing
+    _offsets-SPLIT.bin        where each sample starts (see Offsets); where it is missing the tars' headers are read
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
 import os
+import stat
 import tarfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +36,7 @@ from vmamba_dist.config.schema import ConfigError
 from vmamba_dist.data import sources
 from vmamba_dist.data.order import EpochOrder, check_lanes
 from vmamba_dist.data.sources import BLOCK, Fault, LocalSource, local_path
+from vmamba_dist.data.tarscan import Contents, scan_shard
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +46,8 @@ PACKING = "_packing"  # there while a set is being written, or was when its writ
 MAX_CLASSES = 1_000_000  # a label beyond is a mistake, not a class
 EVAL_SPLITS = ("val", "validation", "test")
 _MIB = 1 << 20
+_Value = TypeVar("_Value")
+_THREADS = 8  # reading headers waits for a network file system, and takes the interpreter's lock else
 
 
 @dataclass(frozen=True)
@@ -51,6 +58,25 @@ class Shard:
     num_samples: int
     num_bytes: int | None
     sha256: str
+
+    def of_size(self, num_bytes: int | None) -> Shard:
+        """Return it with its file's size, where its index has none."""
+        return self if self.num_bytes is not None else replace(self, num_bytes=num_bytes)
+
+
+class Column(Sequence[_Value]):
+    """Values that are made when asked for: a million objects would take hundreds of MB."""
+
+    def __init__(self, count: int, value: Callable[[int], _Value]) -> None:
+        self._count, self._value = count, value
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, i: Any) -> Any:
+        if isinstance(i, slice):
+            return [self._value(j) for j in range(*i.indices(self._count))]
+        return self._value(range(self._count)[i])
 
 
 class Bounds(Protocol):
@@ -85,6 +111,12 @@ class Offsets:
         flat = [np.asarray(b, dtype=np.int64) // BLOCK for b in bounds]
         return cls(lengths, (np.concatenate(flat) if flat else np.empty(0)).astype("<u4"))
 
+    @classmethod
+    def fitted(cls, bounds: Sequence[Sequence[int]], lengths: Sequence[int]) -> Offsets:
+        """Build from bounds that may be too few or too many for the numbers of samples; what lacks one is MISSING."""
+        blocks = [_fitted(own, length) for own, length in zip(bounds, lengths, strict=True)]
+        return cls(np.array(lengths, dtype="<u4"), np.concatenate([np.empty(0, dtype="<u4"), *blocks]))
+
     @property
     def lengths(self) -> NDArray[np.uint32]:
         return self._lengths
@@ -95,9 +127,7 @@ class Offsets:
 
     def patch(self, shard: int, bounds: Sequence[int], num_samples: int) -> None:
         """Replace a damaged shard's bounds by those found in it; samples beyond them are MISSING."""
-        blocks = np.full(num_samples + 1, self.MISSING, dtype="<u4")
-        blocks[: len(bounds)] = np.asarray(bounds, dtype=np.int64) // BLOCK
-        self._patches[shard] = blocks
+        self._patches[shard] = _fitted(bounds, num_samples)
 
     def bounds(self, shard: int, first: int, count: int) -> list[int]:
         """Return the starts of `count` samples and the end of the last, in bytes."""
@@ -106,7 +136,12 @@ class Offsets:
     def write(self, path: Path, fingerprint: str) -> None:
         header = self.MAGIC + bytes.fromhex(fingerprint)
         counts = np.array([len(self._lengths), self._lengths.sum()], dtype="<u8").tobytes()
-        write_whole(path, header + counts + self._lengths.tobytes() + self._blocks.tobytes())
+        blocks = self._blocks
+        if self._patches:
+            blocks = blocks.copy()
+            for shard, patch in self._patches.items():
+                blocks[self._first[shard] : self._first[shard + 1]] = patch
+        write_whole(path, header + counts + self._lengths.tobytes() + blocks.tobytes())
 
     @classmethod
     def read(cls, path: Path, fingerprint: str) -> Offsets | None:
@@ -120,6 +155,13 @@ class Offsets:
         if len(words) != 14 + 2 * num_shards + num_samples:
             return None
         return cls(words[14 : 14 + num_shards], words[14 + num_shards :])
+
+
+def _fitted(bounds: Sequence[int], num_samples: int) -> NDArray[np.uint32]:
+    blocks = np.full(num_samples + 1, Offsets.MISSING, dtype="<u4")
+    found = np.asarray(bounds[: num_samples + 1], dtype=np.int64)
+    blocks[: len(found)] = found // BLOCK
+    return blocks
 
 
 @dataclass(frozen=True)
@@ -136,7 +178,9 @@ class Index:
     warnings: tuple[
         str, ...
     ] = ()  # told at the start: clustered labels, and damage that will count as bad samples
-    sizes: tuple[int, ...] = field(default=(), repr=False, compare=False)  # of the files, found at the start
+    # Of the files, found at the start: bytes, and when they were written in ns.
+    sizes: tuple[int, ...] = field(default=(), repr=False, compare=False)
+    written: tuple[int, ...] = field(default=(), repr=False, compare=False)
     address: str = ""  # where the set lies, where that is not `root`: that has its kept index
     opener: Callable[[], sources.Source] | None = field(default=None, repr=False, compare=False)
 
@@ -170,6 +214,7 @@ class Index:
         return LocalSource(
             [self.root / shard.filename for shard in self.shards],
             sizes=self.sizes or None,
+            written=self.written or None,
             sha256=[shard.sha256 for shard in self.shards],
         )
 
@@ -187,7 +232,41 @@ def fingerprint_of(shards: Sequence[Shard]) -> str:
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def read_index(folder: str | Path, split: str = "train", *, key: str = "data.train") -> Index:
+class TarScan(Protocol):
+    """How the tars of a set are read that lacks offsets, or the number of its classes."""
+
+    def __call__(
+        self, root: Path, split: str, shards: Sequence[Shard], found: Sequence[tuple[int, int]]
+    ) -> tuple[Offsets, int]:
+        """Return where the samples lie, and how many classes their labels tell; 0 where no label does.
+
+        `found` are the files' bytes, and when they were written. Whether a tar may hold less or more than its index
+        says is for the caller to tell.
+        """
+
+
+def scan_tars(
+    root: Path, split: str, shards: Sequence[Shard], found: Sequence[tuple[int, int]]
+) -> tuple[Offsets, int]:
+    """Read the headers and labels of local tars; a TarScan."""
+    log.info(
+        "%s lacks offsets or classes for split %s: reading the headers of %d tars", root, split, len(shards)
+    )
+
+    def scan(shard: Shard) -> Contents:
+        path = root / shard.filename
+        with path.open("rb") as file:
+            return scan_shard(file, os.fstat(file.fileno()).st_size)
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        contents = list(pool.map(scan, shards))
+    offsets = Offsets.fitted([own.bounds for own in contents], [shard.num_samples for shard in shards])
+    return offsets, max((own.num_classes for own in contents), default=0)
+
+
+def read_index(
+    folder: str | Path, split: str = "train", *, key: str = "data.train", scan: TarScan = scan_tars
+) -> Index:
     """Read one split of a set and check it against its tars. `key` is the config key that named the folder.
 
     split="auto" is the first of val, validation and test that the set has. A tar shorter than its index says
@@ -198,18 +277,16 @@ def read_index(folder: str | Path, split: str = "train", *, key: str = "data.tra
     info = read_info(root, key)
     listed = read_split(info, split, named=f"{key}={str(folder)!r}", file=str(root / INFO))
     filenames = [shard.filename for shard in listed.shards]
-    missing = [name for name in filenames if not (root / name).is_file()]
+    looked = [look_at(root / name) for name in filenames]
+    missing = [name for name, file in zip(filenames, looked, strict=True) if file is None]
     if missing:
         raise ConfigError(
             f"{key}={str(folder)!r}: {len(missing)} of the {len(filenames)} shards of split {listed.split!r} are "
             f"missing, first {missing[0]}; copy them, or pack the set again"
         )
-    sizes = tuple((root / name).stat().st_size for name in filenames)
-    shards = tuple(
-        Shard(s.filename, s.num_samples, size if s.num_bytes is None else s.num_bytes, s.sha256)
-        for s, size in zip(listed.shards, sizes, strict=True)
-    )
-    for shard, size, told in zip(shards, sizes, listed.shards, strict=True):
+    found = [file for file in looked if file is not None]
+    shards = tuple(shard.of_size(size) for shard, (size, _) in zip(listed.shards, found, strict=True))
+    for shard, (size, _), told in zip(shards, found, listed.shards, strict=True):
         # Where no size was recorded the tar may have been cut since: then only what memory would not hold.
         most = told.num_bytes if told.num_bytes is not None else max(size, 1 << 32)
         if shard.num_samples * 2 * BLOCK > most:
@@ -217,14 +294,33 @@ def read_index(folder: str | Path, split: str = "train", *, key: str = "data.tra
                 f"{root / shard.filename} has {most} bytes, too few for the {shard.num_samples} samples that {INFO} "
                 "tells; pack the set again"
             )
-    offsets, damage = _check_tars(root, listed.split, shards)
+    offsets, num_classes, damage = _check_tars(root, listed, shards, found, scan)
     warnings = (*damage, *listed.warnings)
     for warning in warnings:
         log.warning("%s", warning)
-    name = listed.name or root.name
     return Index(
-        *(root, name, listed.split, shards, listed.num_classes, listed.class_names, offsets, warnings, sizes)
+        root=root,
+        name=listed.name or root.name,
+        split=listed.split,
+        shards=shards,
+        num_classes=num_classes,
+        class_names=listed.class_names,
+        offsets=offsets,
+        warnings=warnings,
+        sizes=tuple(size for size, _ in found),
+        written=tuple(written for _, written in found),
     )
+
+
+def look_at(path: Path) -> tuple[int, int] | None:
+    """A file's bytes, and when it was written in ns; None where there is none."""
+    try:
+        found = path.stat()
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG):
+            raise
+        return None
+    return (found.st_size, found.st_mtime_ns) if stat.S_ISREG(found.st_mode) else None
 
 
 @dataclass(frozen=True)
@@ -234,7 +330,7 @@ class Listed:
     name: str
     split: str
     shards: tuple[Shard, ...]
-    num_classes: int
+    num_classes: int  # 0: it does not say, as timm's do not
     class_names: tuple[str, ...]
     warnings: tuple[str, ...] = ()
 
@@ -283,11 +379,8 @@ def read_split(info: Mapping[str, Any], split: str, *, named: str, file: str) ->
         raise ConfigError(
             f"{file}: num_classes is {num_classes}, more than {MAX_CLASSES}; pack the set again"
         )
-    if num_classes < 1:
-        raise ConfigError(
-            f'{file} does not say how many classes there are; add "num_classes": K beside "splits", for '
-            "labels 0 … K - 1"
-        )
+    if num_classes < 0:
+        raise ConfigError(f"{file}: num_classes is {num_classes}; leave it out, and the labels are counted")
     known: list[int | None] = [*recorded] or [None] * len(filenames)
     shards = tuple(Shard(*fields) for fields in zip(filenames, lengths, known, hashes, strict=True))
     clustered = info.get("clustered")
@@ -300,6 +393,21 @@ def read_split(info: Mapping[str, Any], split: str, *, named: str, file: str) ->
         else ()
     )
     return Listed(str(info.get("name", "")), split, shards, num_classes, classes, warnings)
+
+
+def known_classes(num_classes: int, file: str) -> int:
+    """Return the number of classes. Raises ConfigError where neither the index nor any label has told it."""
+    if num_classes < 1:
+        raise ConfigError(
+            f"{file} does not say how many classes there are, and no sample has a label (.cls, or .json with an "
+            'integer `label`); add "num_classes": K beside "splits", for labels 0 … K - 1'
+        )
+    if num_classes > MAX_CLASSES:
+        raise ConfigError(
+            f"{file} does not say how many classes there are, and a label is {num_classes - 1}, more than "
+            f'{MAX_CLASSES} classes have; add "num_classes": K beside "splits", for labels 0 … K - 1'
+        )
+    return num_classes
 
 
 def inside(name: str) -> bool:
@@ -330,39 +438,41 @@ def parse_info(content: bytes, address: str) -> dict[str, Any]:
     return info  # type: ignore[no-any-return]
 
 
-def _check_tars(root: Path, split: str, shards: Sequence[Shard]) -> tuple[Offsets, tuple[str, ...]]:
-    """Return where the samples are, and warnings. A few small reads a shard where the sidecar is there."""
-    offsets = Offsets.read(root / f"_offsets-{split}.bin", fingerprint_of(shards))
-    if offsets is not None and offsets.lengths.tolist() != [s.num_samples for s in shards]:
-        offsets = None
-    rebuild = offsets is None
-    if offsets is None:
-        log.info("%s has no offsets for split %s: reading the headers of %d tars", root, split, len(shards))
-        offsets = Offsets.of([[0] * (shard.num_samples + 1) for shard in shards])
+def _check_tars(
+    root: Path, listed: Listed, shards: Sequence[Shard], found: Sequence[tuple[int, int]], scan: TarScan
+) -> tuple[Offsets, int, tuple[str, ...]]:
+    """Return where the samples are, how many classes they have, and warnings.
+
+    A few small reads a shard where the index is whole.
+    """
+    offsets = Offsets.read(root / f"_offsets-{listed.split}.bin", fingerprint_of(shards))
+    num_classes = listed.num_classes
+    if offsets is None or offsets.lengths.tolist() != [s.num_samples for s in shards] or not num_classes:
+        offsets, counted = scan(root, listed.split, shards, found)
+        num_classes = known_classes(num_classes or counted, str(root / INFO))
     warnings = []
-    for i, shard in enumerate(shards):
+    for i, (shard, (size, _)) in enumerate(zip(shards, found, strict=True)):
         path = root / shard.filename
-        size = path.stat().st_size
         if shard.num_bytes is not None and size > shard.num_bytes:
             raise ConfigError(
                 f"{path} has {size} bytes, its index says {shard.num_bytes}: they are not of one set; pack again"
             )
-        if not rebuild and size == shard.num_bytes and _looks_whole(path, offsets, i):
+        if size == shard.num_bytes and _looks_whole(path, offsets, i):
             continue
-        found = sources.scan(path)
-        num_found = len(found.keys)
-        if num_found > shard.num_samples or (found.whole and num_found != shard.num_samples):
+        content = sources.scan(path)
+        num_found = len(content.keys)
+        if num_found > shard.num_samples or (content.whole and num_found != shard.num_samples):
             raise ConfigError(
                 f"{path} holds {num_found} samples, its index says {shard.num_samples}: they are not of one set; "
                 "pack again"
             )
-        offsets.patch(i, found.bounds, shard.num_samples)
-        if not found.whole or size != shard.num_bytes:
+        offsets.patch(i, content.bounds, shard.num_samples)
+        if not content.whole or size != shard.num_bytes:
             warnings.append(
                 f"DAMAGED SHARD {path}: {size} bytes of {shard.num_bytes}, {num_found} samples of "
                 f"{shard.num_samples}; what is lost counts as bad samples"
             )
-    return offsets, tuple(warnings)
+    return offsets, num_classes, tuple(warnings)
 
 
 def _looks_whole(path: Path, offsets: Offsets, shard: int) -> bool:
@@ -410,9 +520,10 @@ def describe(folder: str | Path) -> str:
     """Summarise a set as its index has it. Raises ConfigError where there is none."""
     root = local_path(str(folder))
     info = read_info(root, "folder")
-    lines = [f"{info.get('name', root.name)}: {info.get('num_classes', '?')} classes, in {root}"]
-    for split in info["splits"]:
-        index = read_index(root, split, key="folder")
+    indices = {split: read_index(root, split, key="folder") for split in info["splits"]}
+    num_classes = max((index.num_classes for index in indices.values()), default=0)
+    lines = [f"{info.get('name', root.name)}: {num_classes} classes, in {root}"]
+    for split, index in indices.items():
         total = sum(shard.num_bytes or 0 for shard in index.shards)
         lengths = index.lengths
         lines.append(

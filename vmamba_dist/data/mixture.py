@@ -16,9 +16,11 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import threading
 import zlib
 from collections import OrderedDict
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
@@ -27,7 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vmamba_dist.config.schema import ConfigError
-from vmamba_dist.data.index import Index, Shard
+from vmamba_dist.data.index import Column, Index, Shard
 from vmamba_dist.data.order import EpochOrder, Run, check_lanes
 from vmamba_dist.data.sources import Source
 
@@ -85,16 +87,19 @@ class Mixture:
         return tuple(weight / sum(self.weights) for weight in self.weights)
 
     @cached_property
-    def shards(self) -> tuple[Shard, ...]:
-        return tuple(
-            replace(shard, filename=f"{i}:{shard.filename}")
-            for i, part in enumerate(self.parts)
-            for shard in part.shards
-        )
+    def shards(self) -> Sequence[Shard]:
+        part_of, first = _numbered(self.parts)
+
+        def shard(i: int) -> Shard:
+            part = int(part_of[i])
+            own = self.parts[part].shards[i - first[part]]
+            return replace(own, filename=f"{part}:{own.filename}")
+
+        return Column(len(part_of), shard)
 
     @cached_property
-    def lengths(self) -> list[int]:
-        return [shard.num_samples for shard in self.shards]
+    def lengths(self) -> NDArray[np.int64]:
+        return np.concatenate([np.asarray(part.lengths, dtype=np.int64) for part in self.parts])
 
     @property
     def mean_bytes(self) -> float:
@@ -268,12 +273,16 @@ class MixedSource:
     def __init__(self, parts: Sequence[Index]) -> None:
         self._sources = [part.source() for part in parts]
         self._part_of, self._first = _numbered(parts)
-        # A reader that may not be used by several threads keeps them all from it.
-        self.concurrency = min(source.concurrency for source in self._sources)
+        # One that several threads may not use is read by one at a time; the others' answers are waited for meanwhile.
+        self._locks: list[AbstractContextManager[object]] = [
+            threading.Lock() if source.concurrency == 1 else nullcontext() for source in self._sources
+        ]
+        self.concurrency = max(source.concurrency for source in self._sources)
 
     def read(self, shard: int, start: int, end: int) -> bytes:
         part = int(self._part_of[shard])
-        return self._sources[part].read(shard - self._first[part], start, end)
+        with self._locks[part]:
+            return self._sources[part].read(shard - self._first[part], start, end)
 
     def close(self) -> None:
         for source in self._sources:

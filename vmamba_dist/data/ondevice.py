@@ -3,9 +3,9 @@
 Law: a row is a function of its bytes and its draw, never of the batch around it; what the device cannot decode, the
 host reads anew and decodes with Pillow, and what that cannot either is replaced as any bad sample.
 
-nvJPEG comes through torchvision; its pixels differ a little from libjpeg's. All that follows gives the bytes
-that Pillow would give (pixels.py). Decoding runs in a thread with a CUDA stream of its own, so that the training
-stream never waits for the host.
+nvJPEG comes through torchvision; how near its pixels are to libjpeg's has not been measured. All that follows
+gives the bytes that Pillow would give (pixels.py). Decoding runs in a thread with a CUDA stream of its own, so that
+the training stream never waits for the host.
 """
 
 from __future__ import annotations

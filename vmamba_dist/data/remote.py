@@ -48,7 +48,10 @@ class Store(Protocol):
     """Where an address leads, and who asks."""
 
     def request(self, address: str) -> tuple[str, Mapping[str, str]]:
-        """Return the URL of a GET for the object at `address`, and headers that allow it, made for this request."""
+        """Return the URL of a GET for the object at `address`, and headers that allow it, made for this request.
+
+        Raises AttemptError where another try may find them.
+        """
 
 
 class Web:
@@ -186,6 +189,10 @@ def _hint(status: int) -> str:
         return (
             "; credentials come from the environment, a profile or the machine's role for s3://, from ~/.netrc for "
             "https://"
+        )
+    if status == HTTPStatus.PROXY_AUTHENTICATION_REQUIRED:
+        return (
+            "; a proxy's user and password stand in HTTPS_PROXY or HTTP_PROXY: http://user:password@host:port"
         )
     return ""
 

@@ -23,8 +23,13 @@ from botocore.exceptions import BotoCoreError, ClientError
 
 from vmamba_dist.config.addresses import redact
 from vmamba_dist.config.schema import ConfigError
+from vmamba_dist.data.http import AttemptError
 from vmamba_dist.data.remote import Item
 from vmamba_dist.data.sources import SourceError
+
+# What botocore ends in; a RuntimeError is a role's new credentials that have expired, an OSError a token's file that
+# is not there.
+_FAILURES = (BotoCoreError, ClientError, RuntimeError, OSError)
 
 
 class S3:
@@ -46,26 +51,31 @@ class S3:
         self._buckets: dict[str, tuple[str, str]] = {}  # bucket → base URL, region
 
     def request(self, address: str) -> tuple[str, Mapping[str, str]]:
+        """Raises AttemptError where credentials that have to be renewed cannot be."""
         bucket, key = split(address)
         base, region = self._bucket(bucket)
         request = AWSRequest(method="GET", url=f"{base}/{quote(key, safe='/-_.~')}")
         if self._credentials is not None:
             # Frozen: a role's are renewed as they are read, and key and token must be of one time.
-            S3SigV4Auth(self._credentials.get_frozen_credentials(), "s3", region).add_auth(request)
+            try:
+                frozen = self._credentials.get_frozen_credentials()
+            except _FAILURES as error:  # a machine's metadata service misses a moment, as any server does
+                raise AttemptError(f"the credentials cannot be renewed: {redact(str(error))}") from None
+            S3SigV4Auth(frozen, "s3", region).add_auth(request)
         return request.url, dict(request.headers.items())
 
-    def list(self, address: str) -> Iterator[Item]:
-        """Yield the objects right below an address, in the order of their keys. Raises SourceError."""
+    def list(self, address: str, beginning: str = "") -> Iterator[Item]:
+        """Yield the objects right below an address whose names begin so. Raises SourceError."""
         bucket, prefix = split(address)
         prefix = prefix.rstrip("/") + "/" if prefix else ""
         try:
             pages = self._client.get_paginator("list_objects_v2").paginate(
-                Bucket=bucket, Prefix=prefix, Delimiter="/"
+                Bucket=bucket, Prefix=prefix + beginning, Delimiter="/"
             )
             for page in pages:
                 for entry in page.get("Contents", ()):
                     yield Item(f"s3://{bucket}/{entry['Key']}", int(entry["Size"]), entry["ETag"])
-        except (BotoCoreError, ClientError) as error:
+        except _FAILURES as error:
             raise SourceError(f"{address} cannot be listed: {redact(str(error))}") from None
 
     def write(self, address: str, data: bytes) -> None:
@@ -73,7 +83,7 @@ class S3:
         bucket, key = split(address)
         try:
             self._client.put_object(Bucket=bucket, Key=key, Body=data)
-        except (BotoCoreError, ClientError) as error:
+        except _FAILURES as error:
             raise SourceError(f"{address} cannot be written: {redact(str(error))}") from None
 
     def _bucket(self, bucket: str) -> tuple[str, str]:
@@ -100,7 +110,7 @@ class S3:
             answer = error.response.get("ResponseMetadata", {})
             if "x-amz-bucket-region" not in answer.get("HTTPHeaders", {}):
                 raise SourceError(f"s3://{bucket} cannot be reached: {redact(str(error))}") from None
-        except BotoCoreError as error:
+        except _FAILURES as error:
             raise SourceError(f"s3://{bucket} cannot be reached: {redact(str(error))}") from None
         return str(answer["HTTPHeaders"].get("x-amz-bucket-region", "us-east-1"))
 

@@ -4,6 +4,10 @@ Law: what a set holds is known before the run begins, and is the same for all ra
 one, made of its tars' headers, once for all ranks, and kept: in the run directory, and beside the shards when
 asked. Whoever comes while it is being made waits at its flock. A kept index belongs to the list of shards that it
 was made of, and where that has changed it is made anew.
+
+What a shard is known by, its size and a tag (ETag, or when it was written), is found before the run begins too, so
+that a reader sees a change that came before its first look. A store that lists is asked for a list, of a thousand
+shards a request; one that does not is asked for each shard, where they are few enough.
 """
 
 from __future__ import annotations
@@ -20,9 +24,11 @@ import os
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
+from functools import cached_property
 from pathlib import Path
 from typing import IO, Any, Protocol, TypeVar, cast
 
@@ -37,24 +43,33 @@ from vmamba_dist.data.index import (
     EVAL_SPLITS,
     INFO,
     PACKING,
+    Column,
     Index,
     Listed,
     Offsets,
     Shard,
+    TarScan,
+    fingerprint_of,
+    known_classes,
+    look_at,
     parse_info,
     read_split,
+    scan_tars,
     write_whole,
 )
 from vmamba_dist.data.remote import CONCURRENCY, Fetcher, Item, Patience, RemoteSource, Store, Web
 from vmamba_dist.data.sidecar import open_index
-from vmamba_dist.data.sources import LocalSource, Source, local_path
+from vmamba_dist.data.sources import LocalSource, Source, SourceError, local_path
 from vmamba_dist.data.tarscan import Contents, RangeFile, scan_shard
 from vmamba_dist.data.writer import labels_cluster
 
 log = logging.getLogger(__name__)
 
 _MOST_SHARDS = 10_000_000  # of a pattern: a slip like {0..99999999999} is told before it fills the memory
+_MOST_LOOKS = 1024  # shards of a store without a list: 3 s where an answer takes 50 ms
+_STALE_S = 24 * 3600.0  # of what a killed process was making: the headers of a million tars take hours
 _SPLITS = ("train", *EVAL_SPLITS)
+_NOTED = "noted.json"  # of a kept index: number of classes, and each shard's size and tag when it was made
 _Part = TypeVar("_Part")
 _Result = TypeVar("_Result")
 
@@ -62,7 +77,7 @@ _Result = TypeVar("_Result")
 class ListingStore(Store, Protocol):
     """A store that can be listed and written: s3.S3."""
 
-    def list(self, address: str) -> Iterator[Item]: ...
+    def list(self, address: str, beginning: str = "") -> Iterator[Item]: ...
 
     def write(self, address: str, data: bytes) -> None: ...
 
@@ -73,11 +88,18 @@ class Folder(Protocol):
     address: str  # as it is told
     parallel: int  # so many files are worth opening at a time
 
-    def tars(self) -> list[Item] | None:
-        """List its tars; None where the place cannot be listed."""
+    @property
+    def is_listed(self) -> bool:
+        """Whether it can be asked what it holds."""
+
+    def tars(self) -> list[Item]:
+        """List its tars, where it is listed."""
 
     def look(self, name: str) -> Item | None:
         """Find a file; None where there is none."""
+
+    def find_listed(self, names: Sequence[str]) -> list[Item | None] | None:
+        """Find many files by a list; None where looking at each is the way."""
 
     def load(self, item: Item) -> bytes:
         """Read a small file whole."""
@@ -99,6 +121,7 @@ class LocalFolder:
     """A folder of this machine, or of a file system that it has mounted."""
 
     parallel = 8  # reading headers waits for a network file system, and takes the interpreter's lock else
+    is_listed = True
 
     def __init__(self, root: Path) -> None:
         self.root = root.absolute()
@@ -110,10 +133,11 @@ class LocalFolder:
 
     def look(self, name: str) -> Item | None:
         path = self.root / name
-        if not path.is_file():
-            return None
-        stat = path.stat()
-        return Item(str(path), stat.st_size, str(stat.st_mtime_ns))
+        found = look_at(path)
+        return None if found is None else Item(str(path), found[0], str(found[1]))
+
+    def find_listed(self, names: Sequence[str]) -> None:
+        return None
 
     def load(self, item: Item) -> bytes:
         return Path(item.address).read_bytes()
@@ -133,7 +157,11 @@ class LocalFolder:
         return str(Path(item.address).relative_to(self.root))
 
     def source(self, items: Sequence[Item]) -> Source:
-        return LocalSource([Path(item.address) for item in items], sizes=[item.size or 0 for item in items])
+        return LocalSource(
+            [Path(item.address) for item in items],
+            sizes=[item.size or 0 for item in items],
+            written=[int(item.tag) for item in items],
+        )
 
     def close(self) -> None: ...
 
@@ -150,9 +178,11 @@ class StoreFolder:
         self._patience = patience
         self._fetcher = Fetcher(store, patience)
 
-    def tars(self) -> list[Item] | None:
-        if isinstance(self._store, Web):
-            return None
+    @property
+    def is_listed(self) -> bool:
+        return not isinstance(self._store, Web)
+
+    def tars(self) -> list[Item]:
         return [
             item
             for item in cast("ListingStore", self._store).list(self.root)
@@ -161,6 +191,26 @@ class StoreFolder:
 
     def look(self, name: str) -> Item | None:
         return self._fetcher.look(f"{self.root}/{name}")
+
+    def find_listed(self, names: Sequence[str]) -> list[Item | None] | None:
+        below: dict[str, list[str]] = {}
+        for name in names:
+            folder, _, last = name.rpartition("/")
+            below.setdefault(folder, []).append(last)
+        if not self.is_listed or len(names) <= self.parallel * len(below):
+            return None
+        wanted = {f"{self.root}/{name}" for name in names}
+        found = {}
+        try:
+            for folder, own in below.items():
+                address = f"{self.root}/{folder}" if folder else self.root
+                for item in cast("ListingStore", self._store).list(address, _beginning(own)):
+                    if item.address in wanted:
+                        found[item.address] = item
+        except SourceError as error:  # who may read what lies there need not be allowed to list it
+            log.info("%s: its %d shards are looked at one by one", error, len(names))
+            return None
+        return [found.get(f"{self.root}/{name}") for name in names]
 
     def load(self, item: Item) -> bytes:
         return self._fetcher.read(item, 0, item.size or 0)
@@ -181,40 +231,97 @@ class StoreFolder:
         self._fetcher.close()
 
 
+class Places:
+    """The places of a run's sets: what lies in one is looked up once, for training and for evaluation."""
+
+    def __init__(self, data: DataConfig, keep: str | Path) -> None:
+        """`keep` is the folder of kept indices, made if needed."""
+        self._data = data
+        self._keep = Path(keep)
+        self._known: dict[str, _Place] = {}
+
+    def open(self, address: str, split: str, *, key: str = "data.train") -> Index:
+        """Find a set and return one split of it, checked.
+
+        Raises ConfigError, naming `key`, for what no run could be right about; SourceError where a store fails.
+        """
+        data, named = self._data, f"{key}={redact(address)!r}"
+        if address not in self._known:
+            self._known[address] = _Place(*_locate(address, data, key))
+        place = self._known[address]
+        with closing(place.folder):
+            if place.names is None and isinstance(place.folder, LocalFolder) and not _is_bare(place.folder):
+                index = open_index(place.folder.address, split, key=key, scan=_keeping(self._keep))
+                items: Sequence[Item] = _items_of(index)
+            else:
+                index, items = _open_kept(place, split, data, self._keep, named)
+        opener = index.opener or index.source
+        if data.cache_dir:
+            cache = Cache(Path(data.cache_dir).expanduser(), int(data.cache_gib * (1 << 30)))
+            shards = index.shards
+
+            def entry(i: int) -> Entry:
+                item = items[i]
+                return Entry(item.address, item.size or 0, shards[i].sha256, item.tag)
+
+            entries = Column(len(shards), entry)
+            return dataclasses.replace(index, opener=lambda: CachedSource(opener(), cache, entries))
+        return index
+
+
 def open_set(
     address: str, split: str, *, data: DataConfig, keep: str | Path, key: str = "data.train"
 ) -> Index:
-    """Find a set and return one split of it, checked. `keep` is the folder of kept indices, made if needed.
-
-    Raises ConfigError, naming `key`, for what no run could be right about; SourceError where a store fails.
-    """
-    folder, names = _locate(address, data, key)
-    named = f"{key}={redact(address)!r}"
-    with closing(folder):
-        if names is None and isinstance(folder, LocalFolder) and not _is_bare(folder):
-            index = open_index(folder.address, split, key=key)
-            items = _items_of(index) if data.cache_dir else []
-        else:
-            index, items = _open_kept(folder, names, split, data, Path(keep), named)
-    opener = index.opener or index.source
-    if data.cache_dir:
-        cache = Cache(Path(data.cache_dir).expanduser(), int(data.cache_gib * (1 << 30)))
-        entries = [
-            Entry(item.address, item.size or 0, shard.sha256, item.tag)
-            for item, shard in zip(items, index.shards, strict=True)
-        ]
-        return dataclasses.replace(index, opener=lambda: CachedSource(opener(), cache, entries))
-    return index
+    """Open one set; as Places.open."""
+    return Places(data, keep).open(address, split, key=key)
 
 
-def _items_of(index: Index) -> list[Item]:
+class _Place:
+    """An address, and what lies there."""
+
+    def __init__(self, folder: Folder, names: list[str] | None) -> None:
+        self.folder = folder
+        self.names = names  # of its shards, where the address is a pattern
+        self._items: list[Item] = []
+
+    @cached_property
+    def info(self) -> Item | None:
+        """The set's index; None where it has none."""
+        return self.folder.look(INFO) if self.names is None else None
+
+    def tars(self, named: str) -> list[Item]:
+        """Find the tars of a set without an index. Raises ConfigError where there are none, or some are missing."""
+        if not self._items:
+            self._items = self._list(named) if self.names is None else _find(self.folder, self.names, named)
+        return self._items
+
+    def _list(self, named: str) -> list[Item]:
+        if not self.folder.is_listed:
+            raise ConfigError(
+                f"{named} has no {INFO}, and a web server cannot be asked what else it has: give a pattern, like "
+                f"{self.folder.address}/name-{{000000..000099}}.tar"
+            )
+        items = self.folder.tars()
+        if not items:
+            raise ConfigError(f"{named} has neither an {INFO} nor tars; make a set with: vmamba shards pack")
+        return items
+
+
+def _items_of(index: Index) -> Sequence[Item]:
     """The files of a local set, as the cache must know them: a time tells two of one size apart."""
-    items = []
-    for i, shard in enumerate(index.shards):
+
+    def item(i: int) -> Item:
+        shard = index.shards[i]
         path = index.root / shard.filename
         size = index.sizes[i] if index.sizes else shard.num_bytes  # a sidecar has looked at no tar
-        items.append(Item(str(path), size, "" if shard.sha256 else str(path.stat().st_mtime_ns)))
-    return items
+        if shard.sha256:
+            return Item(str(path), size)
+        if index.written:
+            return Item(str(path), size, str(index.written[i]))
+        found = look_at(path)
+        return Item(str(path), size, "" if found is None else str(found[1]))
+
+    return Column(len(index.shards), item)
 
 
 def _locate(address: str, data: DataConfig, key: str) -> tuple[Folder, list[str] | None]:
@@ -283,20 +390,27 @@ def _common_folder(paths: Sequence[str]) -> str:
     )
 
 
+def _beginning(names: Sequence[str]) -> str:
+    """What all names begin with."""
+    first, last = min(names), max(names)
+    same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False))
+    return "".join(letter for letter, _ in same)
+
+
 def _open_kept(
-    folder: Folder, names: list[str] | None, split: str, data: DataConfig, keep: Path, named: str
+    place: _Place, split: str, data: DataConfig, keep: Path, named: str
 ) -> tuple[Index, list[Item]]:
     """Open a set through its kept index, which is fetched or made where it is not there yet."""
-    info = folder.look(INFO) if names is None else None
+    folder, info = place.folder, place.info
     if info is not None:
         facts: list[object] = [split, info.size, info.tag]
 
         def make(at: Path) -> None:
             _fetch_index(folder, info, split, at, named)
     else:
-        items = _list(folder, names, named)
+        items = place.tars(named)
         facts = [[folder.name_of(item), item.size, item.tag] for item in items]
-        if data.keep_index == "beside" and (names is not None or folder.tars() is None):
+        if data.keep_index == "beside" and (place.names is not None or not folder.is_listed):
             raise ConfigError(
                 f"{named}: data.keep_index=beside needs a folder or s3://bucket/prefix, where an index can be "
                 "written for all its shards; use run"
@@ -307,30 +421,29 @@ def _open_kept(
             if data.keep_index == "beside":
                 for sidecar in at.glob("_offsets-*.bin"):
                     folder.write(sidecar.name, sidecar.read_bytes())
-                made = json.loads((at / INFO).read_bytes())
-                del made["tags"]  # of this place: the set may be copied, its index with it
-                folder.write(INFO, json.dumps(made, indent=1).encode())
+                folder.write(INFO, (at / INFO).read_bytes())
 
-    at = _kept(keep, [folder.address, facts], make)
+    at = _kept(keep, [_NOTED, folder.address, facts], make)
     content = parse_info((at / INFO).read_bytes(), str(at / INFO))
     listed = read_split(content, split, named=named, file=f"{folder.address}/{INFO}")
+    noted = json.loads((at / _NOTED).read_bytes())
+    found = [
+        Item(f"{_root_of(folder)}/{shard.filename}", *noted["files"][shard.filename])
+        for shard in listed.shards
+    ]
+    listed = _sized(listed, found)
     offsets = Offsets.read(at / f"_offsets-{listed.split}.bin", listed.fingerprint())
     if offsets is None:
         raise ConfigError(f"{at} is no whole index any more; remove the folder, and it is made anew")
     for warning in listed.warnings:
         log.warning("%s", warning)
-    tags = content.get("tags", {})
-    found = [
-        Item(f"{_root_of(folder)}/{shard.filename}", shard.num_bytes, tags.get(shard.filename, ""))
-        for shard in listed.shards
-    ]
     is_local = isinstance(folder, LocalFolder)
     index = Index(
         root=folder.root if isinstance(folder, LocalFolder) else at,
         name=listed.name or Path(folder.address).name,
         split=listed.split,
         shards=listed.shards,
-        num_classes=listed.num_classes,
+        num_classes=listed.num_classes or noted["num_classes"],
         class_names=listed.class_names,
         offsets=offsets,
         warnings=listed.warnings,
@@ -344,19 +457,23 @@ def _root_of(folder: Folder) -> str:
     return str(folder.root)  # type: ignore[attr-defined]
 
 
-def _list(folder: Folder, names: list[str] | None, named: str) -> list[Item]:
-    """Find the tars of a set without an index. Raises ConfigError where there are none, or some are missing."""
-    if names is None:
-        items = folder.tars()
-        if items is None:
-            raise ConfigError(
-                f"{named} has no {INFO}, and a web server cannot be asked what else it has: give a pattern, like "
-                f"{folder.address}/name-{{000000..000099}}.tar"
-            )
-        if not items:
-            raise ConfigError(f"{named} has neither an {INFO} nor tars; make a set with: vmamba shards pack")
-        return items
-    found = _in_parallel(folder.look, names, folder.parallel)
+def _sized(listed: Listed, items: Sequence[Item]) -> Listed:
+    """Give shards the sizes of their files where their index has none: so a set is the same by every address."""
+    shards = tuple(shard.of_size(item.size) for shard, item in zip(listed.shards, items, strict=True))
+    return dataclasses.replace(listed, shards=shards)
+
+
+def _find(folder: Folder, names: Sequence[str], named: str) -> list[Item]:
+    """Find shards by their names. Raises ConfigError where some are missing."""
+    found = folder.find_listed(names)
+    return _find_each(folder, names, named) if found is None else _all_there(found, names, named)
+
+
+def _find_each(folder: Folder, names: Sequence[str], named: str) -> list[Item]:
+    return _all_there(_in_parallel(folder.look, names, folder.parallel), names, named)
+
+
+def _all_there(found: Sequence[Item | None], names: Sequence[str], named: str) -> list[Item]:
     missing = [name for name, item in zip(names, found, strict=True) if item is None]
     if missing:
         raise ConfigError(
@@ -370,25 +487,87 @@ def _fetch_index(folder: Folder, info: Item, split: str, at: Path, named: str) -
     content = folder.load(info)
     write_whole(at / INFO, content)
     listed = read_split(parse_info(content, info.address), split, named=named, file=redact(info.address))
-    sidecar = at / f"_offsets-{listed.split}.bin"
-    found = folder.look(sidecar.name)
-    if found is not None:
-        write_whole(sidecar, folder.load(found))
-        offsets = Offsets.read(sidecar, listed.fingerprint())
-        if offsets is not None and offsets.lengths.tolist() == [s.num_samples for s in listed.shards]:
-            return
-    log.info("%s has no offsets for split %s: reading the headers of its tars", folder.address, listed.split)
-    items = _list(folder, [shard.filename for shard in listed.shards], named)
-    contents = _scan(folder, items)
-    bounds = []
-    for shard, item, content_ in zip(listed.shards, items, contents, strict=True):
-        if shard.num_bytes not in (None, item.size) or content_.num_samples != shard.num_samples:
+    items = _note_shards(folder, listed, named)
+    for shard, item in zip(listed.shards, items, strict=True):
+        if shard.num_bytes not in (None, item.size):
             raise ConfigError(
-                f"{redact(item.address)} has {item.size} bytes and {content_.num_samples} samples, its index says "
-                f"{shard.num_bytes} and {shard.num_samples}: they are not of one set; pack again"
+                f"{redact(item.address)} has {item.size} bytes, its index says {shard.num_bytes}: they are not of one "
+                "set; pack or copy it again"
             )
-        bounds.append(content_.bounds)
-    Offsets.of(bounds).write(sidecar, listed.fingerprint())
+    listed = _sized(listed, items)
+    sidecar = at / f"_offsets-{listed.split}.bin"
+    num_classes = listed.num_classes
+    if not _fetch_offsets(folder, listed, sidecar) or not num_classes:
+        log.info(
+            "%s lacks offsets or classes for split %s: reading the headers of its tars",
+            folder.address,
+            listed.split,
+        )
+        contents = _scan(folder, items)
+        for shard, item, found in zip(listed.shards, items, contents, strict=True):
+            if found.num_samples != shard.num_samples:
+                raise ConfigError(
+                    f"{redact(item.address)} has {found.num_samples} samples, its index says {shard.num_samples}: "
+                    "they are not of one set; pack again"
+                )
+        Offsets.of([found.bounds for found in contents]).write(sidecar, listed.fingerprint())
+        counted = max((found.num_classes for found in contents), default=0)
+        num_classes = known_classes(num_classes or counted, redact(info.address))
+    _note(folder, items, num_classes, at)
+
+
+def _note_shards(folder: Folder, listed: Listed, named: str) -> list[Item]:
+    """Find the shards of a set with an index: what is known of them when the run begins.
+
+    Those of a store without a list that are too many to be looked at have the sizes of the index, and no tags: each
+    reader then holds them to what it first sees.
+    """
+    names = [shard.filename for shard in listed.shards]
+    found = folder.find_listed(names)
+    if found is not None:
+        return _all_there(found, names, named)
+    if len(names) <= _MOST_LOOKS or any(shard.num_bytes is None for shard in listed.shards):
+        return _find_each(folder, names, named)
+    return [Item(f"{_root_of(folder)}/{shard.filename}", shard.num_bytes) for shard in listed.shards]
+
+
+def _fetch_offsets(folder: Folder, listed: Listed, to: Path) -> bool:
+    """Copy a set's offsets; false where it has none that are its index's."""
+    found = folder.look(to.name)
+    if found is None:
+        return False
+    write_whole(to, folder.load(found))
+    offsets = Offsets.read(to, listed.fingerprint())
+    return offsets is not None and offsets.lengths.tolist() == [s.num_samples for s in listed.shards]
+
+
+def _note(folder: Folder, items: Sequence[Item], num_classes: int, at: Path) -> None:
+    """Write what Index does not hold: it is of this place, and of now, where a set's own index may be copied."""
+    files = {folder.name_of(item): [item.size, item.tag] for item in items}
+    write_whole(at / _NOTED, json.dumps({"num_classes": num_classes, "files": files}).encode())
+
+
+def _keeping(keep: Path) -> TarScan:
+    """Return a scan of a local set's tars that is done once for all ranks and starts, and kept."""
+
+    def scan(
+        root: Path, split: str, shards: Sequence[Shard], found: Sequence[tuple[int, int]]
+    ) -> tuple[Offsets, int]:
+        fingerprint = fingerprint_of(shards)
+        name = f"_offsets-{split}.bin"
+
+        def make(at: Path) -> None:
+            offsets, num_classes = scan_tars(root, split, shards, found)
+            offsets.write(at / name, fingerprint)
+            write_whole(at / _NOTED, json.dumps({"num_classes": num_classes}).encode())
+
+        at = _kept(keep, [_NOTED, str(root.absolute()), split, fingerprint, *found], make)
+        offsets = Offsets.read(at / name, fingerprint)
+        if offsets is None:
+            raise ConfigError(f"{at} is no whole index any more; remove the folder, and it is made anew")
+        return offsets, int(json.loads((at / _NOTED).read_bytes())["num_classes"])
+
+    return scan
 
 
 def _make_index(folder: Folder, items: Sequence[Item], at: Path, named: str) -> None:
@@ -426,9 +605,9 @@ def _make_index(folder: Folder, items: Sequence[Item], at: Path, named: str) -> 
         "num_classes": num_classes,
         "clustered": clustered,
         "splits": splits,
-        "tags": {folder.name_of(item): item.tag for item in items if item.tag},
     }
     write_whole(at / INFO, json.dumps(info, indent=1).encode())
+    _note(folder, items, num_classes, at)
 
 
 def _sorted_by_label(shards: Sequence[NDArray[np.uint32]]) -> bool:
@@ -473,8 +652,11 @@ def _kept(keep: Path, key: object, make: Callable[[Path], None]) -> Path:
     folder = keep / name
     with _locked(lock):
         if not folder.is_dir():
-            for left in keep.glob(f"{name}.*.tmp"):  # of a process that was killed at it
-                shutil.rmtree(left)
+            for left in keep.glob(f"{name}.*.tmp"):
+                # A young one may be another rank's at work: not every file system's locks reach other machines.
+                with suppress(FileNotFoundError):
+                    if time.time() - left.stat().st_mtime > _STALE_S:
+                        shutil.rmtree(left, ignore_errors=True)
             beside = Path(tempfile.mkdtemp(prefix=f"{name}.", suffix=".tmp", dir=keep))
             beside.chmod(0o755)
             make(beside)

@@ -21,16 +21,28 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar, cast, overload
+from typing import Any, cast, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vmamba_dist.config.schema import ConfigError
-from vmamba_dist.data.index import EVAL_SPLITS, INFO, Index, Offsets, Shard, inside, read_index
+from vmamba_dist.data.index import (
+    EVAL_SPLITS,
+    INFO,
+    Column,
+    Index,
+    Offsets,
+    Shard,
+    TarScan,
+    inside,
+    read_index,
+    scan_tars,
+)
 from vmamba_dist.data.sources import BLOCK, LocalSource, local_path
 
 log = logging.getLogger(__name__)
@@ -38,7 +50,7 @@ log = logging.getLogger(__name__)
 MAGIC = b"VMINDX01"
 LARGE = 10_000  # shards: from here on `shards pack` writes sidecars
 _HEADER = 72
-_Value = TypeVar("_Value")
+_TICK_NS = 20_000_000  # by which a file's times may lag behind the clock
 
 
 def path_of(root: Path, split: str) -> Path:
@@ -90,19 +102,21 @@ def write_all(folder: str | Path, *, at_least: int = 0) -> list[Path]:
     return [write(read_index(root, split, key="folder")) for split in splits]
 
 
-def open_index(folder: str | Path, split: str = "train", *, key: str = "data.train") -> Index:
+def open_index(
+    folder: str | Path, split: str = "train", *, key: str = "data.train", scan: TarScan = scan_tars
+) -> Index:
     """Open a split by its sidecar where it has one, else as read_index does. Raises ConfigError as that does."""
     root = local_path(str(folder))
     named = EVAL_SPLITS if split == "auto" else (split,)
     found = next((name for name in named if path_of(root, name).is_file()), None)
     if found is None or not (root / INFO).is_file():
-        return read_index(folder, split, key=key)
+        return read_index(folder, split, key=key, scan=scan)
     index = _read(root, path_of(root, found), found)
     if index is None:
         log.warning(
             "%s belongs to another %s, or its offsets are gone: it is left alone", path_of(root, found), INFO
         )
-        return read_index(folder, split, key=key)
+        return read_index(folder, split, key=key, scan=scan)
     for warning in index.warnings:
         log.warning("%s", warning)
     return index
@@ -235,24 +249,12 @@ class Bounds(Offsets):
         return np.frombuffer(os.pread(self._file, 4 * count, at), dtype="<u4")
 
 
-class _Column(Sequence[_Value]):
-    """A column of the table, whose values are made when asked for."""
-
-    def __init__(self, count: int, value: Callable[[int], _Value]) -> None:
-        self._count, self._value = count, value
-
-    def __len__(self) -> int:
-        return self._count
-
-    def __getitem__(self, i: Any) -> Any:
-        return self._value(i)
-
-
 @dataclass(frozen=True)
 class LargeIndex(Index):
     """An index whose shards stay in the mapped file."""
 
     hashed: str = field(default="", compare=False)  # its fingerprint
+    opened: int = field(default_factory=time.time_ns, compare=False)  # its tars are not looked at by then
 
     @property
     def table(self) -> ShardTable:
@@ -278,5 +280,5 @@ class LargeIndex(Index):
 
     def local_source(self) -> LocalSource:
         table, root = self.table, self.root
-        paths = _Column(len(table), lambda i: root / table.filename(i))
-        return LocalSource(paths, sha256=_Column(len(table), table.sha256))
+        paths = Column(len(table), lambda i: root / table.filename(i))
+        return LocalSource(paths, since=self.opened - _TICK_NS, sha256=Column(len(table), table.sha256))

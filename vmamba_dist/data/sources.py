@@ -102,8 +102,10 @@ class Source(Protocol):
 class LocalSource:
     """Shards in local files; keeps the few last used ones open. Not for use from several threads.
 
-    A file that is written while it is read is a SourceError at once. `sizes`, where given, are the files' sizes when
-    the run began, and another one is an error too; without them a file has the size that it was first opened with.
+    A file that is written during the run is a SourceError at once, unless its bytes are still those of its sha256.
+    `sizes` and `written` (in ns), where given, are what the files had when the run began. Without them a file is held
+    to what it had when it was first opened here, and one with a sha256 to that, where it was written after `since`,
+    when the run began.
     """
 
     concurrency = 1
@@ -114,16 +116,18 @@ class LocalSource:
         max_open: int = 16,
         *,
         sizes: Sequence[int] | None = None,
+        written: Sequence[int] | None = None,
+        since: int | None = None,
         sha256: Sequence[str] = (),
     ) -> None:
         self._paths = paths
         self._max_open = max_open
         self._sizes = sizes
+        self._written = written
+        self._since = since
         self._sha256 = sha256
         self._open: OrderedDict[int, int] = OrderedDict()
-        self._known: dict[
-            int, tuple[int, int]
-        ] = {}  # each file's size, and when it was written in ns, as first seen
+        self._known: dict[int, tuple[int, int]] = {}  # each file's size, and when it was written
 
     def read(self, shard: int, start: int, end: int) -> bytes:
         for wait_s in (*RETRY_AFTER_S, None):
@@ -162,8 +166,9 @@ class LocalSource:
     def _check(self, shard: int, file: int) -> None:
         """Raise SourceError where a file is no longer the one that the run began with; one fstat."""
         now = os.fstat(file)
-        first = now.st_size if self._sizes is None else self._sizes[shard]
-        size, written = self._known.setdefault(shard, (first, now.st_mtime_ns))
+        if shard not in self._known:
+            self._known[shard] = self._at_start(shard, now)
+        size, written = self._known[shard]
         if (now.st_size, now.st_mtime_ns) == (size, written):
             return
         if now.st_size != size:
@@ -179,6 +184,17 @@ class LocalSource:
             f"{self._paths[shard]} has changed: {why}; a run's shards must stay as they are: put the old one back, "
             "or begin a new run"
         )
+
+    def _at_start(self, shard: int, now: os.stat_result) -> tuple[int, int]:
+        """What a file had when the run began, as far as that is known."""
+        size = now.st_size if self._sizes is None else self._sizes[shard]
+        if self._written is not None:
+            return size, self._written[shard]
+        # A file server's clock may be ahead of this machine's: only a sha256 tells that from a change.
+        late = (
+            self._since is not None and now.st_mtime_ns > self._since and self._sha256 and self._sha256[shard]
+        )
+        return size, -1 if late else now.st_mtime_ns
 
     def _forget(self, shard: int) -> None:
         file = self._open.pop(shard, None)

@@ -293,7 +293,8 @@ def samples_and_classes(cfg: Config) -> tuple[int, int, str]:
     try:
         read = json.loads(info.read_text(encoding="utf-8"))
         samples = int(read["splits"][cfg.data.split]["num_samples"])
-        return samples, int(read.get("num_classes", len(read.get("classes", ())))), "the shards' index"
+        classes = int(read.get("num_classes", len(read.get("classes", ()))))  # timm's say neither
+        return samples, classes or CLASSES, "the shards' index"
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f"data.train={cfg.data.train!r}: {info} has no usable split {cfg.data.split!r} ({error!r}); "

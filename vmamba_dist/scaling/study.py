@@ -317,7 +317,7 @@ def classes_of(cfg: Config) -> int:
         return CLASSES
     try:
         read = json.loads(info.read_text(encoding="utf-8"))
-        return int(read.get("num_classes", len(read.get("classes", ()))))
+        return int(read.get("num_classes", len(read.get("classes", ())))) or CLASSES  # timm's say neither
     except (ValueError, TypeError, AttributeError) as error:
         raise ConfigError(f"data.train={cfg.data.train!r}: {info} cannot be read ({error!r})") from error
 

@@ -14,7 +14,7 @@ from vmamba_dist.data.index import Index
 from vmamba_dist.data.mixture import Mixture
 from vmamba_dist.data.ondevice import check_gpu_decoding
 from vmamba_dist.data.order import check_batch, choose_accumulate
-from vmamba_dist.data.sets import open_set
+from vmamba_dist.data.sets import Places
 from vmamba_dist.models.variants import configured
 from vmamba_kernels.backend import BackendError, resolve_backend
 
@@ -40,23 +40,22 @@ def open_sources(cfg: Config, world_size: int) -> Sources:
             "data.train is not set: give a folder of shards, as `vmamba shards pack` makes it, an https:// or s3:// "
             "address, or a mixture of them"
         )
-    train = open_training(cfg)
+    places = Places(cfg.data, _kept_indices(cfg))
+    train = open_training(cfg, places)
     accumulate = choose_accumulate(cfg.data.global_batch, world_size, cfg.parallel.micro_batch)
     check_batch(train.num_samples, cfg.data.global_batch, world_size, accumulate)
     num_classes = count_classes(cfg, train)
-    evaluation = open_evaluation(cfg, num_classes)
+    evaluation = open_evaluation(cfg, num_classes, places)
     return Sources(train, evaluation, num_classes, accumulate)
 
 
-def open_training(cfg: Config) -> Index | Mixture:
+def open_training(cfg: Config, places: Places) -> Index | Mixture:
     """Read and check the index of the training split, or of each source of a mixture."""
     named = cfg.data.train
     if isinstance(named, str):
-        return open_set(named, cfg.data.split, data=cfg.data, keep=_kept_indices(cfg))
+        return places.open(named, cfg.data.split)
     parts = [
-        open_set(
-            source.path, cfg.data.split, data=cfg.data, keep=_kept_indices(cfg), key=f"data.train[{i}].path"
-        )
+        places.open(source.path, cfg.data.split, key=f"data.train[{i}].path")
         for i, source in enumerate(named)
     ]
     return Mixture(tuple(parts), tuple(source.weight for source in named), cfg.data.global_batch)
@@ -75,13 +74,14 @@ def check_model(cfg: Config) -> None:
         raise ConfigError(f"model.scan_backend={cfg.model.scan_backend}: {error}") from error
 
 
-def open_evaluation(cfg: Config, num_classes: int) -> Index:
+def open_evaluation(cfg: Config, num_classes: int, places: Places | None = None) -> Index:
     """Read and check the index of the evaluation split, for a model of `num_classes`."""
+    places = places or Places(cfg.data, _kept_indices(cfg))
     key, named = "eval.data", cfg.eval.data
     if not named:
         key = "data.train"
         named = cfg.data.train if isinstance(cfg.data.train, str) else cfg.data.train[0].path
-    index = open_set(named, cfg.eval.split, data=cfg.data, keep=_kept_indices(cfg), key=key)
+    index = places.open(named, cfg.eval.split, key=key)
     if index.num_samples == 0:
         raise ConfigError(f"{key}={index.place!r}: split {index.split!r} has no samples to evaluate on")
     if index.num_classes > num_classes:
