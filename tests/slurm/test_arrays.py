@@ -110,6 +110,43 @@ def test_a_branch_waits_in_the_queue_for_its_trunk(words: list[str], tmp_path: P
     assert len(attempts(short.run)) == 1
 
 
+def test_a_study_is_an_array_that_outlives_its_command(words: list[str], tmp_path: Path) -> None:
+    """Killed while its grid runs and begun again, it queues nothing twice, and its runs are fitted."""
+    folder, file = tmp_path / "study", tmp_path / "study.yaml"
+    file.write_text(
+        "study: {widths: [8, 12, 16], samples: [96, 160, 224], lrs: [1e-3, 4e-3], search_sizes: 1, held_out: 0}\n"
+    )
+    said = [f"config={file}", *words, *SMALL, f"run.dir={folder}", "model.drop_path=0", "eval.weights=raw"]
+    said += ["schedule.kind=wsd", "schedule.warmup=0.2"]
+    command = [sys.executable, "-m", "vmamba_dist.cli", "study"]
+    first = subprocess.Popen([*command, "run", *said, "sweep.parallel=4"], stdout=subprocess.DEVNULL)
+    try:
+        begun = folder / "vmamba_atto-w8-224-s0"
+        lab.wait_until(lambda: first.poll() is not None or status.tail(begun), "the grid's first run")
+        assert first.poll() is None
+    finally:
+        first.kill()
+        first.wait()
+
+    done = subprocess.run(
+        [*command, "run", *said, "sweep.parallel=4"], capture_output=True, text=True, timeout=600, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    runs = list(status.find_runs(folder))
+    assert len(runs) == 2 + 9
+    assert {run.name: (status.record(run).state, len(attempts(run))) for run in runs} == {
+        run.name: ("finished", 1) for run in runs
+    }
+    began = status.record(folder / "vmamba_atto-w12-96-s0").began
+    assert began is not None
+    assert Path(began["checkpoint"]).parts[-3] == "vmamba_atto-w12-224-s0"
+    fitted = subprocess.run(
+        [*command, "fit", *said], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert fitted.returncode == 0, fitted.stdout + fitted.stderr
+    assert "of 9 runs" in fitted.stdout
+
+
 def test_an_element_that_is_requeued_goes_on(words: list[str], tmp_path: Path) -> None:
     """Another element of its array trains on meanwhile; both end as if nothing had happened."""
     folder = tmp_path / "sweep"
