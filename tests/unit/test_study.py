@@ -13,6 +13,7 @@ from vmamba_dist.models.variants import configured
 from vmamba_dist.optim.schedule import build_schedule
 from vmamba_dist.scaling import verbs
 from vmamba_dist.scaling.study import (
+    Choice,
     Point,
     choose_lrs,
     plan_study,
@@ -164,10 +165,32 @@ def test_the_search_finds_the_lowest_point_of_a_parabola_and_carries_it_over() -
     for rung in study.rungs:
         assert chosen[rung.label].lr == pytest.approx(best(rung.params), rel=1e-6)
     assert chosen[study.rungs[-1].label].how.startswith("transferred: ∝ params^-0.20")
+    by_size = [[p.name for p in study.search if p.rung == rung] for rung in study.rungs]
+    fast = choose_lrs(study, {p.name: -load([*words, *p.words]).optim.lr for p in study.search})
+    assert fast[study.rungs[-1].label] == Choice(pytest.approx(8e-3), "transferred: ∝ params^0.00")  # type: ignore[arg-type]
+    steep = {
+        name: 0.0 if name.endswith(f"lr{1e-3 * 2**i:g}") else 1.0 for i in range(3) for name in by_size[i]
+    }
+    cut = choose_lrs(study, steep)[study.rungs[-1].label]
+    assert cut.lr == 8e-3
+    assert cut.how.endswith("cut to what was tried")
     edge = choose_lrs(study, {p.name: load([*words, *p.words]).optim.lr for p in study.search})
     assert "edge" in edge[study.rungs[0].label].how
     with pytest.raises(ConfigError, match="no run that ended with a finite loss"):
         choose_lrs(study, dict.fromkeys(losses, math.nan))
+
+
+def test_held_out_models_are_searched_when_asked() -> None:
+    words = [*GRID, "study.lrs=[1e-3,2e-3]", "study.held_out=1"]
+    for asked, sizes in ((False, 3), (True, 4)):
+        study = plan_study(load([*words, f"study.search_held_out={asked}"]))
+        assert len(study.rungs) == 4
+        assert len({p.rung.label for p in study.search}) == sizes
+        assert len(study.search) == 2 * sizes
+        losses = {p.name: float(p.name.endswith("0.001")) for p in study.search}
+        assert choose_lrs(study, losses)[study.rungs[-1].label].how.startswith(
+            "search" if asked else "transferred"
+        )
 
 
 @pytest.mark.parametrize(

@@ -630,6 +630,7 @@ class StudyConfig:
     lrs: tuple[float, ...] = replaceable(())  # values of optim.lr that the search tries; none: no search
     search_samples: int = replaceable(0)  # budget of a run of the search; 0: the smallest of the grid
     search_sizes: int = replaceable(0)  # the search is at so many of the smallest models; 0: all fitted ones
+    search_held_out: bool = replaceable(False)  # and at the held-out ones, whose losses stay out of the fit
     lr_power: float = replaceable(0.0)  # without a search: optim.lr × (params / the smallest's) ** this
     batch_power: float = replaceable(0.0)  # data.global_batch × (params / the smallest's) ** this
     branch: bool = replaceable(True)  # wsd: shorter budgets start from a checkpoint of the longest

@@ -90,11 +90,12 @@ def _rules(study: Study) -> Iterator[str]:
     else:
         yield f"  batch = {cfg.data.global_batch} for every size"
     if study.search:
-        sizes = len({p.rung.label for p in study.search})
+        sizes = len({p.rung.label for p in study.search if not p.rung.held_out})
+        beside = " and the held-out ones" if cfg.study.search_held_out else ""
         counts = sorted({p.samples for p in study.search})
         yield (
-            f"  lr: each of {', '.join(f'{lr:g}' for lr in sorted(cfg.study.lrs))} at the {sizes} smallest sizes with "
-            f"{' or '.join(map(str, counts))} samples; the lowest loss, by a parabola in log lr"
+            f"  lr: each of {', '.join(f'{lr:g}' for lr in sorted(cfg.study.lrs))} at the {sizes} smallest "
+            f"sizes{beside} with {' or '.join(map(str, counts))} samples; the lowest loss, by a parabola in log lr"
         )
         yield "  lr of other sizes: a power law of N through those, kept within what was tried"
         yield "  lr of other budgets: the same"

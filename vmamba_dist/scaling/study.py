@@ -187,9 +187,10 @@ def choose_lrs(study: Study, losses: Mapping[str, float]) -> dict[str, Choice]:
     centre = [sum(values) / len(logs) for values in zip(*logs, strict=True)]
     for rung in study.rungs:
         if rung.label not in chosen:
-            lr = math.exp(centre[1] + slope * (math.log(rung.params) - centre[0]))
-            lr = min(max(lr, tried[0]), tried[-1])
-            chosen[rung.label] = Choice(lr, f"transferred: ∝ params^{slope:.2f}, within what was tried")
+            wanted = math.exp(centre[1] + slope * (math.log(rung.params) - centre[0]))
+            lr = min(max(wanted, tried[0]), tried[-1])
+            cut = "" if math.isclose(lr, wanted) else f" gives {wanted:.3g}, cut to what was tried"
+            chosen[rung.label] = Choice(lr, f"transferred: ∝ params^{slope:.2f}{cut}")
     return chosen
 
 
@@ -433,13 +434,16 @@ def _name(rung: Rung, count: int, seed: int) -> str:
 
 
 def _search(cfg: Config, rungs: Sequence[Rung], planned: Sequence[Point]) -> tuple[Point, ...]:
-    """The runs of the learning-rate search: each value at each of the smallest rungs, one seed, one budget."""
+    """The runs of the learning-rate search: each value at each of the rungs that are searched, one seed, one budget."""
     study = cfg.study
     if not study.lrs:
         return ()
     fitted = [rung for rung in rungs if not rung.held_out]
+    searched = fitted[: study.search_sizes or len(fitted)]
+    if study.search_held_out:
+        searched += [rung for rung in rungs if rung.held_out]
     points = []
-    for rung in fitted[: study.search_sizes or len(fitted)]:
+    for rung in searched:
         budget = study.search_samples or min(p.samples for p in planned if p.rung == rung)
         count = max(1, round(budget / rung.batch)) * rung.batch
         warmup, _ = _rhythm(cfg, rung.batch, [count])
