@@ -168,9 +168,8 @@ def test_the_search_finds_the_lowest_point_of_a_parabola_and_carries_it_over() -
     by_size = [[p.name for p in study.search if p.rung == rung] for rung in study.rungs]
     fast = choose_lrs(study, {p.name: -load([*words, *p.words]).optim.lr for p in study.search})
     assert fast[study.rungs[-1].label] == Choice(pytest.approx(8e-3), "transferred: ∝ params^0.00")  # type: ignore[arg-type]
-    steep = {
-        name: 0.0 if name.endswith(f"lr{1e-3 * 2**i:g}") else 1.0 for i in range(3) for name in by_size[i]
-    }
+    lowest = zip(by_size, ("lr0.001", "lr0.004", "lr0.008"), strict=False)
+    steep = {name: float(not name.endswith(lr)) for names, lr in lowest for name in names}
     cut = choose_lrs(study, steep)[study.rungs[-1].label]
     assert cut.lr == 8e-3
     assert cut.how.endswith("cut to what was tried")
