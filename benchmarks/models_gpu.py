@@ -22,15 +22,19 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from vmamba_dist.models import create_model
+from vmamba_dist.models.ss2d import LayerNorm
+from vmamba_dist.models.vmamba import Block, VMamba
 
 Report = tuple[str, str, list[str]]  # name, title, lines
 
 VMAMBA, SWIN, CONVNEXT, OFFICIAL = "vmamba", "swin", "convnext", "official"
+COMPOSED = "composed"
 ENGINES = ("eager", "replayed", "compiled", "graphed")
-CONTENDERS = (VMAMBA, SWIN, CONVNEXT)
+CONTENDERS = (VMAMBA, COMPOSED, SWIN, CONVNEXT)
 TIMM = {SWIN: "swin_tiny_patch4_window7_224", CONVNEXT: "convnext_tiny"}
 TITLES = {
     VMAMBA: "VMamba-T (vmamba_tiny_s1l8)",
+    COMPOSED: "VMamba-T, blocks composed, torch's norms",
     SWIN: "Swin-T (timm)",
     CONVNEXT: "ConvNeXt-T (timm)",
     OFFICIAL: "official VMamba-T",
@@ -81,16 +85,27 @@ def build(name: str, setting: Setting) -> nn.Module:
     if name == OFFICIAL:
         assert setting.official is not None
         model = setting.official.model()
-    elif name == VMAMBA:
+    elif name in (VMAMBA, COMPOSED):
         model = create_model(
             "vmamba_atto" if rehearsing else "vmamba_tiny_s1l8",
             drop_path_rate=0.0,
             scan_backend=setting.device.scan_backend,
         )
+        if name == COMPOSED:
+            compose(model)
     else:
         small = {"img_size": setting.side, "window_size": 1} if rehearsing and name == SWIN else {}
         model = timm.create_model(TIMM[name], drop_path_rate=0.0, **small)
     return model.to(setting.device.device)
+
+
+def compose(model: VMamba) -> None:
+    """Leave the scan alone of what is ours: the rest is torch's modules, one by one."""
+    for part in model.modules():
+        if isinstance(part, Block):
+            part.fuse = "never"
+        elif isinstance(part, LayerNorm):
+            part.backend = "torch"
 
 
 class Workload:
