@@ -9,9 +9,8 @@ from collections.abc import Iterator, Sequence
 
 from vmamba_dist.config import load
 from vmamba_dist.models.variants import configured
+from vmamba_dist.scaling.runs import FEW
 from vmamba_dist.scaling.study import Point, Study, hours_told, plan_study, totals
-
-FEW = 300  # samples a class
 
 
 def main(words: Sequence[str]) -> int:

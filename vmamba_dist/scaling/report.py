@@ -145,10 +145,11 @@ def _summary(study: Study, runs: Sequence[RunRecord], found: Analysis | None, wh
         return Section("Summary", (*parts, f"There is no fit: {why}."))
     law, box = found.law, found.law.simultaneous
     rows = tuple(
-        (name, f"{i.value:.4g}", f"{i.low:.4g} … {i.high:.4g}", f"{box[name].low:.4g} … {box[name].high:.4g}")
-        for name, i in law.estimates.items()
+        (name, f"{i.value:.4g}", i.span, box[name].span) for name, i in law.estimates.items()
     )
     seeds = f"{found.seeds:.2%} between seeds" if found.seeds is not None else "no point has two seeds"
+    if found.rejected:
+        parts.insert(0, f"REJECTED: {found.rejected}.")
     parts += [
         f"loss = E + A / N^alpha + B / D^beta, fitted to {len(found.used)} runs:",
         Table(("parameter", "value", "95 % interval", "95 % for all at once"), rows),
@@ -160,7 +161,7 @@ def _summary(study: Study, runs: Sequence[RunRecord], found: Analysis | None, wh
             f"{h.run.name}, held out: {_prediction(h.run.loss or 0, h.predicted, h.error)}."
             for h in found.held_out
         ),
-        *(f"{remark[0].upper()}{remark[1:]}." for remark in found.remarks()),
+        *(f"{remark[0].upper()}{remark[1:]}." for remark in found.remarks() if remark != found.rejected),
         *(
             f"Outlier: {run.name} lies {residual / law.noise:+.1f} × the noise from the law; it is fitted all the same."
             for run, residual in found.outliers
@@ -236,8 +237,12 @@ def _frontier(found: Analysis) -> Section:
             Plot("frontier", "The least loss at each compute: its size and samples.", plots.frontier(found)),
             f"N* ∝ C^{front.a}, D* ∝ C^{front.b}.",
             Table(("C", "N*", "D*", "loss"), rows),
-            f"Sizes and compute are tied by C = 6e9 × {found.work.gmacs:.3g} × N^{found.work.power:.3f} × D. Rows "
-            f"beyond the runs' own {max(r.flops or 0 for r in found.used):.3g} FLOPs are extrapolated.",
+            f"Sizes and compute are tied by C = 6e9 × {found.work.gmacs:.3g} × N^{found.work.power:.3f} × D. "
+            + (
+                "It ends with the runs' own compute: a law that its runs reject is not extrapolated."
+                if found.rejected
+                else f"Rows beyond the runs' own {max(r.flops or 0 for r in found.used):.3g} FLOPs are extrapolated."
+            ),
         ),
     )
 
@@ -267,6 +272,11 @@ def _held_out(found: Analysis) -> Section:
         (
             Plot("predictions", "Bars: 95 % for one run.", image),
             Table(("run", "loss", "predicted", "95 % for one run", "off by", "interval"), rows),
+            *(
+                ["Inside shows little here: the runs reject the law, and its misfit widens the interval as noise."]
+                if found.rejected
+                else []
+            ),
         ),
     )
 

@@ -27,6 +27,7 @@ Status = Literal["finished", "diverged", "failed", "unfinished", "missing"]
 _REQUEUE = 75  # the exit code of a run that was stopped, saved, and goes on by the same command
 REQUIRED = ("params", "samples", "loss")
 OPTIONAL = ("gmacs", "top1", "resolution", "width", "depth")
+FEW = 300  # samples a class, below which losses are of a transition
 _WARM = 5  # steps at a start whose pace is not the run's
 
 
@@ -43,6 +44,7 @@ class RunRecord:
     gmacs: float | None = None  # multiply-adds of a sample's forward, in 1e9
     top1: float | None = None  # %
     resolution: float | None = None  # px
+    classes: int | None = None
     width: float | None = None  # of the first stage
     depth: float | None = None  # blocks
     model: str = ""
@@ -144,6 +146,7 @@ def read_run(path: Path) -> RunRecord:
         gmacs=flops.macs(variant, side, side, classes) / 1e9,
         top1=top1,
         resolution=float(side),
+        classes=classes,
         width=float(variant.dims[0]),
         depth=float(variant.num_blocks),
         model=describe(cfg.model),
