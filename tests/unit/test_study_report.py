@@ -18,8 +18,11 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from vmamba_dist.cluster import ledger, status
+from vmamba_dist.cluster.ledger import Line
 from vmamba_dist.config import Config, ConfigError, load, to_yaml
 from vmamba_dist.models import flops
+from vmamba_dist.models.variants import configured
 from vmamba_dist.scaling import verbs
 from vmamba_dist.scaling.analysis import analyse
 from vmamba_dist.scaling.report import Section, Table, as_html, markdown
@@ -42,7 +45,7 @@ def record(
     more = [f"optim.lr={lr:.6g}"] if point.phase == "grid" else []
     cfg = load([*words, *point.words, *more])
     folder = Path(cfg.run.dir)
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(to_yaml(cfg))
     batch = cfg.data.global_batch
     first = point.branch_from.step if point.branch_from else 0
@@ -117,6 +120,54 @@ def test_every_point_has_one_record_that_says_how_it_stands(micro: tuple[Study, 
     assert branched.branch_from is not None
     expected = f"{branched.branch_from.point} at step {branched.branch_from.step}"
     assert runs[branched.name].branched_from == expected
+
+
+def test_a_failure_on_slurm_has_its_reason(tmp_path: Path) -> None:
+    """Arrays leave no points/NAME.json, so a run that Slurm stopped had (wrong) "never started"; its ledger has why."""
+    words = [MICRO, f"run.dir={tmp_path}"]
+    study = plan_study(load(words))
+    first, begun, other = study.planned[0], study.planned[1], study.planned[2]
+    why = "data.train has no _info.json"
+    for point in (first, begun):
+        ledger.append(tmp_path / point.name, Line("begin", "s0", "7_1", 0, 0))
+        ledger.append(tmp_path / point.name, Line("end", "s0", "7_1", 0, 0, code=2, verdict="stop", why=why))
+    ledger.append(tmp_path / other.name, Line("end", "s0", "7_2", 0, 0, verdict="requeue", why="preempted"))
+    assert record(begun, words, None, until=0.5).name == begun.name
+    runs = {r.name: r for r in read_study(study)}
+    assert (runs[first.name].status, runs[first.name].why) == ("failed", why)
+    assert runs[begun.name].status == "failed"
+    assert runs[begun.name].why.startswith(f"{why}; ")
+    assert (runs[other.name].status, runs[other.name].why) == ("missing", "never started")
+    assert status.record(tmp_path / first.name).note == why  # `vmamba runs` says the same
+    (tmp_path / begun.name / "attempts.jsonl").write_text(
+        '{"attempt": 2, "host": "h", "pid": 1, "job": "", "started": "2999-01-01T00:00:00+00:00"}\n'
+    )
+    assert read_study(study)[len(study.search) + 1].status == "unfinished"  # a later start went on
+
+
+def test_runs_of_another_config_are_listed_and_not_fitted(tmp_path: Path) -> None:
+    """A run in a point's folder that was trained by other words was fitted as the point (wrong)."""
+    words = [MICRO, f"run.dir={tmp_path}"]
+    study = plan_study(load(words))
+    for i, point in enumerate(study.planned):
+        other = ["optim.weight_decay=0.2"] if i == 3 else []
+        record(point, [*words, *other], law(point))
+    stranger = study.planned[3]
+    runs = {r.name: r for r in read_study(study)}
+    assert runs[stranger.name].status == "foreign"
+    assert "trained with another config: optim.weight_decay was 0.2, now 0.05" in runs[stranger.name].why
+    assert [r.name for r in runs.values() if r.status == "foreign"] == [stranger.name]
+    found = analyse(read_study(study), bootstraps=40)
+    assert stranger.name in [r.name for r in found.left_out]
+    assert stranger.name not in [r.name for r in found.used]
+    allowed = plan_study(load([*words, "run.allow_changes=true"]))
+    assert {r.name: r.status for r in read_study(allowed)}[stranger.name] == "finished"
+    kept = {rung.label: {"lr": 0.00321, "how": "search: best run"} for rung in study.rungs}
+    content = {"search": sorted(point.name for point in study.search), "losses": {}, "chosen": kept}
+    (tmp_path / "lrs.json").write_text(json.dumps(content))
+    foreign = [r for r in read_study(study) if r.status == "foreign"]  # another lr than the one that was chosen
+    assert len(foreign) == len(study.planned)
+    assert "optim.lr was 0.002, now 0.00321" in foreign[0].why
 
 
 def test_a_record_counts_as_the_model_does(micro: tuple[Study, list[str]]) -> None:
@@ -316,13 +367,38 @@ def test_a_prediction_says_how_far_out_it_is(
         (["model=vmamba_nano", MICRO], "samples is not set"),
         (["model=vmamba_nano", "samples=-1", "fit=x.json"], "samples=-1"),
         (["model=vmamba_nano", "samples=1e6"], "name the law"),
+        (["model=vmamba_nano", "model.name=vmamba_pico", "samples=1e6"], "the model is model=vmamba_nano"),
         (["model=vmamba_nano", "samples=1e6", "fit=nowhere.json"], "no such file"),
     ],
-    ids=["no model", "no samples", "negative", "no law", "no file"],
+    ids=["no model", "no samples", "negative", "no law", "two models", "no file"],
 )
 def test_a_prediction_that_cannot_be_is_named(words: list[str], part: str) -> None:
     with pytest.raises(ConfigError, match=part):
         verbs.main(["predict", *words])
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["model.ssm_ratio=2"], ["model.width=48"], ["model.depths=[2,2,5,2]"], ["width=48", "model.ssm_ratio=2"]],
+    ids=" ".join,
+)
+def test_a_prediction_is_of_the_model_that_was_asked_for(
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """model.* was dropped without a word (wrong): the bare model's parameters and loss came out."""
+    rows = [f"{n:g},{d:g},{0.5 + 30 / n**0.3 + 90 / d**0.4:.8g}" for n in (1e4, 1e5, 1e6) for d in (1e4, 1e5, 1e6)]
+    (tmp_path / "runs.csv").write_text("\n".join(["params,samples,loss", *rows]) + "\n")
+    full = tmp_path / "details.json"
+    assert verbs.main(["fit", f"table={tmp_path / 'runs.csv'}", f"details={full}", "bootstraps=40"]) == 0
+    capsys.readouterr()
+    assert verbs.main(["predict", "model=vmamba_atto", "samples=1e5", f"fit={full}", *words]) == 0
+    said = capsys.readouterr().out
+    config = [word if word.startswith("model.") else f"model.{word}" for word in words]
+    params = flops.params(configured(load(["model.name=vmamba_atto", *config]).model), 0)
+    assert params != flops.params("vmamba_atto", 0)
+    assert f"{params / 1e6:.2f} M parameters without the classifier" in said
+    loss = float(re.search(r"^loss +([\d.]+)", said, re.MULTILINE).group(1))  # type: ignore[union-attr]
+    assert loss == pytest.approx(0.5 + 30 / params**0.3 + 90 / 1e5**0.4, rel=0.01)
 
 
 def test_a_misspelt_sub_verb_names_the_nearest() -> None:

@@ -24,8 +24,7 @@ from vmamba_dist.scaling.fitted import place, split, study_folder, whole
 from vmamba_dist.scaling.laws import BOOTSTRAPS, frontier
 from vmamba_dist.scaling.planned import text as plan_text
 from vmamba_dist.scaling.publish import publish
-from vmamba_dist.scaling.running import recorded
-from vmamba_dist.scaling.runs import RunRecord, as_table, losses_of, read_study
+from vmamba_dist.scaling.runs import RunRecord, as_table, losses_of, read_study, recorded
 from vmamba_dist.scaling.study import Study, choose_lrs, plan_study
 from vmamba_dist.scaling.verbs import SUB_VERBS
 

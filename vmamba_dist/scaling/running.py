@@ -18,10 +18,9 @@ from vmamba_dist.cluster.follow import REQUEUE
 from vmamba_dist.cluster.points import write
 from vmamba_dist.cluster.sweep import PointResult, exit_code, overview, run_points, take_parallel
 from vmamba_dist.config import ConfigError, load_beside
-from vmamba_dist.scaling.runs import losses_of, read_point
+from vmamba_dist.scaling.runs import LRS, losses_of, read_point, recorded, tried
 from vmamba_dist.scaling.study import Choice, Point, Study, choose_lrs, plan_study
 
-LRS = "lrs.json"  # in a study's folder
 _SETTLED = ("finished", "failed")
 
 
@@ -85,38 +84,16 @@ def chosen(study: Study) -> dict[str, Choice]:
     found = recorded(study)
     if found is not None:
         return found
-    losses = losses_of([read_point(point, folder) for point in study.search])
+    losses = losses_of([read_point(point, study.cfg) for point in study.search])
     choices = choose_lrs(study, losses)
     content = {
-        "search": _tried(study),
+        "search": tried(study),
         "losses": losses,
         "chosen": {label: asdict(choice) for label, choice in choices.items()},
     }
     folder.mkdir(parents=True, exist_ok=True)
     write(folder / LRS, json.dumps(content, indent=1) + "\n")
     return choices
-
-
-def recorded(study: Study) -> dict[str, Choice] | None:
-    """Each rung's learning rate as the grid has it; None before it is chosen.
-
-    Raises ConfigError where the record is of another search.
-    """
-    file = Path(study.cfg.run.dir) / LRS
-    if not file.exists():
-        return None
-    record = json.loads(file.read_text())
-    found = {label: Choice(**choice) for label, choice in record["chosen"].items()}
-    if record["search"] != _tried(study) or set(found) != {rung.label for rung in study.rungs}:
-        raise ConfigError(
-            f"{file} holds the learning rates of another search or ladder; take another run.dir, or remove the "
-            "file and the runs of the grid"
-        )
-    return found
-
-
-def _tried(study: Study) -> list[str]:
-    return sorted(point.name for point in study.search)
 
 
 def _told(results: Sequence[PointResult], code: int) -> int:
