@@ -374,9 +374,7 @@ def test_few_samples_a_class_are_noted_where_the_classes_are_known() -> None:
     assert not any("samples a class" in r for r in without)
 
 
-def test_resolutions_are_no_seeds_of_each_other(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_resolutions_are_no_seeds_of_each_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Runs of two resolutions at one N and D counted as seeds (wrong): their difference was the noise between seeds."""
     x, _ = seeded(np.ones(16), 0, 0.0)
     law = 0.5 + 30 / x[0, :16] ** 0.3 + 90 / x[1, :16] ** 0.4

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from vmamba_dist.cluster import ledger, status
 from vmamba_dist.cluster.ledger import Line
 from vmamba_dist.config import Config, ConfigError, load, to_yaml
+from vmamba_dist.data.datasets.fractals import read_words
 from vmamba_dist.models import flops
 from vmamba_dist.models.variants import configured
 from vmamba_dist.scaling import verbs
@@ -165,7 +167,9 @@ def test_runs_of_another_config_are_listed_and_not_fitted(tmp_path: Path) -> Non
     kept = {rung.label: {"lr": 0.00321, "how": "search: best run"} for rung in study.rungs}
     content = {"search": sorted(point.name for point in study.search), "losses": {}, "chosen": kept}
     (tmp_path / "lrs.json").write_text(json.dumps(content))
-    foreign = [r for r in read_study(study) if r.status == "foreign"]  # another lr than the one that was chosen
+    foreign = [
+        r for r in read_study(study) if r.status == "foreign"
+    ]  # another lr than the one that was chosen
     assert len(foreign) == len(study.planned)
     assert "optim.lr was 0.002, now 0.00321" in foreign[0].why
 
@@ -296,6 +300,76 @@ def test_a_study_without_runs_has_a_report_that_says_so(tmp_path: Path) -> None:
     assert told.count("| missing | never started |") == 56
 
 
+def test_the_report_tells_where_and_how_it_ran(tmp_path: Path) -> None:
+    """The run's command lacked sweep.parallel and that of the data, and nothing said what it ran on (wrong)."""
+    shards, runs = tmp_path / "fractals", tmp_path / "runs"
+    shards.mkdir()
+    info = {
+        "num_classes": 100,
+        "fractal": {
+            "classes": 100,
+            "size": 32,
+            "seed": 0,
+            "points": 4096,
+            "patch": 1,
+            "format": "jpg",
+            "quality": 90,
+        },
+        "splits": {"train": {"num_samples": 132000}, "test": {"num_samples": 5000}},
+    }
+    (shards / "_info.json").write_text(json.dumps(info))
+    words = [MICRO, f"run.dir={runs}", f"data.train={shards}"]
+    study = plan_study(load(words))
+    (runs / "points").mkdir(parents=True)
+    command = f"vmamba study run {' '.join(words)} sweep.parallel=2"
+    (runs / "sweep.json").write_text(json.dumps({"command": command, "points": []}))
+    facts = {
+        "world_size": 2,
+        "threads": 3,
+        "device": "cpu",
+        "machine": "x86_64",
+        "torch": "2.14.1",
+        "commit": "01ab" * 10,
+    }
+    for i, point in enumerate(study.planned[:3]):
+        folder = record(point, words, law(point))
+        known = {"processor": "Abacus 9000", "cores": 48} if i else {}
+        (folder / "environment.json").write_text(json.dumps(facts | known))
+        starts = [
+            {
+                "attempt": n,
+                "host": "elsewhere",
+                "pid": 1,
+                "job": "",
+                "started": f"2026-11-30T10:0{n}:00+00:00",
+            }
+            for n in range(1, 1 + max(1, i))
+        ]
+        (folder / "attempts.jsonl").write_text("".join(json.dumps(start) + "\n" for start in starts))
+        ended = datetime(2026, 11, 30, 10, 10, tzinfo=UTC).timestamp()
+        (runs / "points" / f"{point.name}.json").write_text(
+            json.dumps({"exit_code": 0, "reason": "", "at": ended})
+        )
+    assert verbs.main(["report", *words, "bootstraps=40"]) == 0
+    told = (runs / "study" / "report.md").read_text()
+    where = told.split("## Where it ran")[1].split("##")[0]
+    # Two processes a run, of 9 minutes, and of 8 in the run whose last start began at 10:02.
+    assert (
+        "| Abacus 9000, 48 cores | 2 | 2 × 3 | 2026-11-30 10:01 | 2026-11-30 10:10 | 2040 | torch 2.14.1, "
+        in where
+    )
+    assert "| x86_64 | 1 | 2 × 3 | 2026-11-30 10:01 | 2026-11-30 10:10 | 1080 |" in where
+    assert "3 runs took 3120 process-seconds" in where
+    assert "1 earlier starts of them were cut off" in where
+    assert "commit 01ab01ab01ab" in where
+    commands = told.split("## Commands")[1]
+    assert f"\n{command}\n" in commands
+    fractal = next(line for line in commands.splitlines() if line.startswith("vmamba shards fractal"))
+    assert f"{shards} classes=100 per_class=1320 test_per_class=50 size=32 seed=0" in fractal
+    config = read_words(fractal.split()[4:])
+    assert (config.classes, config.per_class, config.num_test, config.size) == (100, 1320, 50, 32)
+
+
 def test_what_a_run_is_called_cannot_break_the_page() -> None:
     table = Section("<b>", ("a < b & c", Table(("|",), (("<script>|x",),))))
     page = as_html("<t>", [table])
@@ -379,14 +453,21 @@ def test_a_prediction_that_cannot_be_is_named(words: list[str], part: str) -> No
 
 @pytest.mark.parametrize(
     "words",
-    [["model.ssm_ratio=2"], ["model.width=48"], ["model.depths=[2,2,5,2]"], ["width=48", "model.ssm_ratio=2"]],
+    [
+        ["model.ssm_ratio=2"],
+        ["model.width=48"],
+        ["model.depths=[2,2,5,2]"],
+        ["width=48", "model.ssm_ratio=2"],
+    ],
     ids=" ".join,
 )
 def test_a_prediction_is_of_the_model_that_was_asked_for(
     words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """model.* was dropped without a word (wrong): the bare model's parameters and loss came out."""
-    rows = [f"{n:g},{d:g},{0.5 + 30 / n**0.3 + 90 / d**0.4:.8g}" for n in (1e4, 1e5, 1e6) for d in (1e4, 1e5, 1e6)]
+    rows = [
+        f"{n:g},{d:g},{0.5 + 30 / n**0.3 + 90 / d**0.4:.8g}" for n in (1e4, 1e5, 1e6) for d in (1e4, 1e5, 1e6)
+    ]
     (tmp_path / "runs.csv").write_text("\n".join(["params,samples,loss", *rows]) + "\n")
     full = tmp_path / "details.json"
     assert verbs.main(["fit", f"table={tmp_path / 'runs.csv'}", f"details={full}", "bootstraps=40"]) == 0

@@ -108,11 +108,11 @@ class Analysis:
         if self.misfit is None or not self.misfit.rejects:
             return ""
         return (
-            f"the runs reject this law: their points lie further from it than runs of one point from each other, "
-            f"{self.misfit} (noise around the law {self.law.noise:.1%}, between seeds {self.seeds:.1%}); mean residuals "
-            f"by samples: {', '.join(self._residuals_by_samples())}. Its parameters, intervals, frontier and predictions "
-            "are those of a curve that is not the runs'; inside its interval shows little, as the misfit counts there "
-            "as noise"
+            "the runs reject this law: their points lie further from it than runs of one point from each other, "
+            f"{self.misfit} (noise around the law {self.law.noise:.1%}, between seeds {self.seeds:.1%}); mean "
+            f"residuals by samples: {', '.join(self._residuals_by_samples())}. Its parameters, intervals, frontier and "
+            "predictions are those of a curve that is not the runs'; inside its interval shows little, as the misfit "
+            "counts there as noise"
         )
 
     def _residuals_by_samples(self) -> Iterator[str]:
@@ -125,11 +125,13 @@ class Analysis:
         found = [self.rejected] if self.rejected else []
         found += [*self._few(), *self.law.remarks(), *self._flat()]
         if self.misfit is None:
-            found.append("no point has two runs that differ, so a law that is wrong cannot be told from noise")
+            found.append(
+                "no point has two runs that differ, so a law that is wrong cannot be told from noise"
+            )
         if len(self.resolutions) > 1:
             found.append(
-                f"runs at {' and '.join(f'{px:g}' for px in self.resolutions)} px are fitted as one law, which knows no "
-                "resolution: what resolution changes is in its noise; fit each alone, or against=resolution"
+                f"runs at {' and '.join(f'{px:g}' for px in self.resolutions)} px are fitted as one law, which knows "
+                "no resolution: what resolution changes is in its noise; fit each alone, or against=resolution"
             )
         if self.work.assumed:
             found.append("no multiply-adds were given (column gmacs): the frontier assumes C = 6 N D")

@@ -97,8 +97,8 @@ class Law:
         e = self.estimates["E"]
         if e.value == 0:
             found.append(
-                f"E is hardly identified: it is at its bound of 0, and up to {e.high:.4g} in the bootstraps; that is no "
-                "measure of what neither size nor samples lower, and predictions far outside of the runs rest on it"
+                f"E is hardly identified: it is at its bound of 0, and up to {e.high:.4g} in the bootstraps; that is "
+                "no measure of what neither size nor samples lower, and predictions far outside of the runs rest on it"
             )
         elif e.low <= 0.01 * max(e.value, _TINY) or e.high - e.low > e.value:
             found.append(f"E is hardly identified: {e}; predictions far outside of the runs rest on it")

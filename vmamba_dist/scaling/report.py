@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import html
+import json
 import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from vmamba_dist.cluster.status import SWEEP
 from vmamba_dist.config import ConfigError, load
 from vmamba_dist.scaling import plots
 from vmamba_dist.scaling.analysis import Analysis, analyse, points
@@ -22,11 +24,11 @@ from vmamba_dist.scaling.board import write_events
 from vmamba_dist.scaling.fit import Array
 from vmamba_dist.scaling.fitted import place, split, study_folder, whole
 from vmamba_dist.scaling.laws import BOOTSTRAPS, frontier
+from vmamba_dist.scaling.places import places
 from vmamba_dist.scaling.planned import text as plan_text
 from vmamba_dist.scaling.publish import publish
 from vmamba_dist.scaling.runs import RunRecord, as_table, losses_of, read_study, recorded
 from vmamba_dist.scaling.study import Study, choose_lrs, plan_study
-from vmamba_dist.scaling.verbs import SUB_VERBS
 
 WORDS = {
     "out": "a folder for the report; the study's own, beside its runs, where it is left out",
@@ -122,7 +124,7 @@ def sections(
         out += [_runs_and_law(found), _isoflop(found), _frontier(found), _held_out(found), _simple(found)]
     if study.search:
         out.append(_search(study, runs))
-    out += [_pace(runs), _table(runs), _plan(study), _commands(study, runs, words)]
+    out += [_pace(runs), _table(runs), _plan(study), _where(study), _commands(study, runs, words)]
     return [section for section in out if section.parts]
 
 
@@ -143,9 +145,7 @@ def _summary(study: Study, runs: Sequence[RunRecord], found: Analysis | None, wh
     if found is None:
         return Section("Summary", (*parts, f"There is no fit: {why}."))
     law, box = found.law, found.law.simultaneous
-    rows = tuple(
-        (name, f"{i.value:.4g}", i.span, box[name].span) for name, i in law.estimates.items()
-    )
+    rows = tuple((name, f"{i.value:.4g}", i.span, box[name].span) for name, i in law.estimates.items())
     seeds = f"{found.seeds:.2%} between seeds" if found.seeds is not None else "no point has two seeds"
     if found.rejected:
         parts.insert(0, f"REJECTED: {found.rejected}.")
@@ -272,7 +272,9 @@ def _held_out(found: Analysis) -> Section:
             Plot("predictions", "Bars: 95 % for one run.", image),
             Table(("run", "loss", "predicted", "95 % for one run", "off by", "interval"), rows),
             *(
-                ["Inside shows little here: the runs reject the law, and its misfit widens the interval as noise."]
+                [
+                    "Inside shows little here: the runs reject the law, and its misfit widens the interval as noise."
+                ]
                 if found.rejected
                 else []
             ),
@@ -370,9 +372,77 @@ def _plan(study: Study) -> Section:
     return Section("The plan", (Listing(tuple(plan_text(study))),))
 
 
+def _where(study: Study) -> Section:
+    found = places(Path(study.cfg.run.dir), [point.name for point in study.points])
+    if not found:
+        return Section("Where it ran", ())
+    rows = tuple(
+        (
+            place.machine,
+            str(place.runs),
+            f"{place.processes} × {place.threads}",
+            f"{place.first:%Y-%m-%d %H:%M}",
+            f"{place.last:%Y-%m-%d %H:%M}",
+            f"{place.process_seconds:.0f}",
+            place.versions,
+        )
+        for place in found
+    )
+    head = (
+        "machine",
+        "runs",
+        "processes × threads",
+        "first start, UTC",
+        "last end",
+        "process-seconds",
+        "versions",
+    )
+    total, cut_off = sum(place.process_seconds for place in found), sum(place.cut_off for place in found)
+    told = (
+        f"{sum(place.runs for place in found)} runs took {total:.0f} process-seconds, {total / 3600:.2f} hours, from "
+        "the beginning of each run's last start to its end, evaluation and saving included"
+    )
+    if cut_off:
+        told += f"; {cut_off} earlier starts of them were cut off, and their time is not counted"
+    return Section("Where it ran", (f"{told}.", Table(head, rows)))
+
+
+def _data(study: Study) -> Iterator[str]:
+    """The command that makes the data, where its index says that anyone can."""
+    train, split = study.cfg.data.train, study.cfg.data.split
+    if not isinstance(train, str):
+        return
+    try:
+        info = json.loads((Path(train) / "_info.json").read_text(encoding="utf-8"))
+        made, counts = (
+            info["fractal"],
+            {name: int(each["num_samples"]) for name, each in info["splits"].items()},
+        )
+        each = {"classes": made["classes"], "per_class": counts[split] // made["classes"]}
+        each["test_per_class"] = counts.get("test", 0) // made["classes"]
+    except (OSError, ValueError, KeyError, TypeError):  # no index here, or not of fractals
+        return
+    yield shlex.join(["vmamba", "shards", "fractal", train, *(f"{k}={v}" for k, v in (each | made).items())])
+
+
+def _ran_as(study: Study, own: str) -> str:
+    """The command that ran the study, as the sweep has it, with sweep.parallel; else one that would."""
+    try:
+        found = json.loads((Path(study.cfg.run.dir) / SWEEP).read_text(encoding="utf-8"))["command"]
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        found = ""
+    return str(found) or f"vmamba study run {own}"
+
+
 def _commands(study: Study, runs: Sequence[RunRecord], words: Sequence[str]) -> Section:
     own = shlex.join(words)
-    lines = [f"vmamba study {verb} {own}" for verb in ("plan", "run", "fit", "report") if verb in SUB_VERBS]
+    lines = [
+        *_data(study),
+        f"vmamba study plan {own}",
+        _ran_as(study, own),
+        f"vmamba study fit {own}",
+        f"vmamba study report {own}",
+    ]
     by_name = {r.name: r for r in runs}
     each = []
     for point in study.points:
