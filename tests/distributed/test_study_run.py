@@ -16,6 +16,7 @@ from vmamba_dist.config import ConfigError, load_beside
 from vmamba_dist.core.rundir import attempts
 from vmamba_dist.data.shards import pack
 from vmamba_dist.scaling import running
+from vmamba_dist.scaling.runs import LRS
 from vmamba_dist.scaling.study import plan_study
 
 pytestmark = pytest.mark.distributed
@@ -83,7 +84,7 @@ def test_learning_rates_are_chosen_once(tmp_path: Path) -> None:
         ConfigError, match=r"has no run that ended with a finite loss.*lr0\.001: never started"
     ):
         running.chosen(study)
-    file = tmp_path / "study" / running.LRS
+    file = tmp_path / "study" / LRS
     file.parent.mkdir()
     record = {
         "search": sorted(point.name for point in study.search),
@@ -108,15 +109,19 @@ def test_a_search_that_has_chosen_is_not_run_again(tmp_path: Path) -> None:
         "search": sorted(point.name for point in study.search),
         "chosen": {rung.label: {"lr": 3e-3, "how": "search"} for rung in study.rungs},
     }
-    (folder / running.LRS).write_text(json.dumps(record))
+    (folder / LRS).write_text(json.dumps(record))
     ends = folder / "points"
     ends.mkdir()
     failed = ends / f"{study.search[0].name}.json"
     failed.write_text('{"exit_code": 1, "reason": "out of memory"}')
-    assert running.main([*said, "run.max_steps=1"]) == 0  # the grid's nine, a step each
+    trunks = [point for point in study.planned if point.branch_from is None]
+    assert (
+        running.main([*said, "run.max_steps=1"]) == 1
+    )  # of the grid the trunks, which branches need more steps of
     assert json.loads(failed.read_text())["reason"] == "out of memory"
-    assert not (folder / study.search[0].name).exists()
-    assert all((folder / point.name / "metrics.jsonl").exists() for point in study.planned)
+    assert not any((folder / point.name).exists() for point in study.search)
+    assert len(trunks) == 3
+    assert all((folder / point.name / "metrics.jsonl").exists() for point in trunks)
     rows = (folder / "results.csv").read_text().splitlines()
     assert len(rows) == 1 + len(study.points)  # the search's are still there
 

@@ -300,6 +300,31 @@ def test_a_study_without_runs_has_a_report_that_says_so(tmp_path: Path) -> None:
     assert told.count("| missing | never started |") == 56
 
 
+def test_the_report_begins_with_the_rejection_of_its_law(tmp_path: Path) -> None:
+    """A learning transition: the report of the law fitted to it spoke of intervals and predictions alone (wrong)."""
+    words = [MICRO, f"run.dir={tmp_path}", "study.lrs=[]"]
+    study = plan_study(load(words))
+    rng = np.random.default_rng(0)
+    for point in study.planned:
+        size, count = point.rung.params / 1e5, point.samples / 3e4
+        lr = choose_lrs(study, {})[point.rung.label].lr  # the rule's
+        record(
+            point,
+            words,
+            (0.2 + 4 / (1 + count**1.6) * size**-0.2) * math.exp(0.03 * rng.standard_normal()),
+            lr=lr,
+        )
+    assert all(r.finished for r in read_study(study))
+    assert verbs.main(["report", *words, "bootstraps=40"]) == 0
+    told = (tmp_path / "study" / "report.md").read_text()
+    summary = told.split("## Summary")[1]
+    assert summary.lstrip().startswith("REJECTED: the runs reject this law")
+    assert "mean residuals by samples: 16384 " in summary
+    assert "8 of the 32 runs saw fewer than 300 samples a class" in summary
+    assert "a law that its runs reject is not extrapolated" in told
+    assert "Inside shows little here" in told
+
+
 def test_the_report_tells_where_and_how_it_ran(tmp_path: Path) -> None:
     """The run's command lacked sweep.parallel and that of the data, and nothing said what it ran on (wrong)."""
     shards, runs = tmp_path / "fractals", tmp_path / "runs"

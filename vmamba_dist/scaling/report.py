@@ -271,15 +271,12 @@ def _held_out(found: Analysis) -> Section:
         (
             Plot("predictions", "Bars: 95 % for one run.", image),
             Table(("run", "loss", "predicted", "95 % for one run", "off by", "interval"), rows),
-            *(
-                [
-                    "Inside shows little here: the runs reject the law, and its misfit widens the interval as noise."
-                ]
-                if found.rejected
-                else []
-            ),
+            *([_LITTLE] if found.rejected else []),
         ),
     )
+
+
+_LITTLE = "Inside shows little here: the runs reject the law, and its misfit widens the interval as noise."
 
 
 def _simple(found: Analysis) -> Section:
@@ -414,10 +411,8 @@ def _data(study: Study) -> Iterator[str]:
         return
     try:
         info = json.loads((Path(train) / "_info.json").read_text(encoding="utf-8"))
-        made, counts = (
-            info["fractal"],
-            {name: int(each["num_samples"]) for name, each in info["splits"].items()},
-        )
+        made = info["fractal"]
+        counts = {name: int(entry["num_samples"]) for name, entry in info["splits"].items()}
         each = {"classes": made["classes"], "per_class": counts[split] // made["classes"]}
         each["test_per_class"] = counts.get("test", 0) // made["classes"]
     except (OSError, ValueError, KeyError, TypeError):  # no index here, or not of fractals
@@ -447,8 +442,8 @@ def _commands(study: Study, runs: Sequence[RunRecord], words: Sequence[str]) -> 
     each = []
     for point in study.points:
         lr = by_name[point.name].lr
-        if point.phase == "grid" and lr is None:
-            continue  # never started: its learning rate is not known before the search has ended
+        if point.phase == "grid" and (lr is None or by_name[point.name].status == "foreign"):
+            continue  # never started as a run of this study: its learning rate is known when the search has ended
         more = [f"optim.lr={lr:.6g}"] if point.phase == "grid" else []
         started = by_name[point.name].branched_from and point.branch_from
         if started:
