@@ -56,12 +56,9 @@ def main(words: Sequence[str]) -> int:
         if word not in own:
             raise ConfigError(f"{word} is not set: {word}=… is {WORDS[word]}")
     samples = positive("samples", own["samples"])
-    named = next((word for word in rest if word.startswith("model.name=")), None)
-    if named is not None:
-        raise ConfigError(f"{named}: the model is model={own['model']}; leave one of them out")
     cfg, path = _study(own, rest)
     kept = _details(path)
-    # As a study's rungs are: model.ssm_ratio and the others hold for whatever model is named.
+    # As a study's rungs are: model.* of its config holds for whatever model is named, all but model.name.
     model = replace(cfg.model, name=own["model"])
     if "width" in own:
         model = replace(model, width=whole("width", own["width"]))
