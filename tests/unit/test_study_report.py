@@ -28,7 +28,7 @@ from vmamba_dist.models.variants import configured
 from vmamba_dist.scaling import verbs
 from vmamba_dist.scaling.analysis import analyse
 from vmamba_dist.scaling.report import Section, Table, as_html, markdown
-from vmamba_dist.scaling.runs import losses_of, read_run, read_study, read_table
+from vmamba_dist.scaling.runs import _planned, losses_of, read_run, read_study, read_table
 from vmamba_dist.scaling.study import Point, Study, choose_lrs, plan_study
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -172,6 +172,15 @@ def test_runs_of_another_config_are_listed_and_not_fitted(tmp_path: Path) -> Non
     ]  # another lr than the one that was chosen
     assert len(foreign) == len(study.planned)
     assert "optim.lr was 0.002, now 0.00321" in foreign[0].why
+
+
+def test_a_points_config_is_what_its_words_make(micro: tuple[Study, list[str]]) -> None:
+    words = micro[1]
+    deep = [*words, "study.depth_power=0.5", "study.batch_power=0.5"]
+    for said in (words, deep):
+        other = plan_study(load(said))
+        for point in (other.search[0], *other.grid(dict.fromkeys((r.label for r in other.rungs), 1e-5))[::9]):
+            assert _planned(point, other.cfg) == load([*said, *point.words])
 
 
 def test_a_record_counts_as_the_model_does(micro: tuple[Study, list[str]]) -> None:

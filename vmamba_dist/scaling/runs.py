@@ -19,7 +19,7 @@ from typing import Any, Literal
 import yaml
 
 from vmamba_dist.cluster.status import stopped_for
-from vmamba_dist.config import Config, ConfigError, from_dict, load, to_dict, trajectory
+from vmamba_dist.config import Config, ConfigError, from_dict, to_dict, trajectory
 from vmamba_dist.core.rundir import last_attempt
 from vmamba_dist.models import flops
 from vmamba_dist.models.variants import configured, describe
@@ -126,9 +126,9 @@ def read_point(point: Point, study: Config) -> RunRecord:
 
 def _changed(path: Path, point: Point, study: Config) -> list[str]:
     """What decides training and differs between a run's config and its point's, as the sweep compares them."""
-    planned = load(point.words, base=to_dict(study))
-    if planned.run.allow_changes:
+    if study.run.allow_changes:
         return []
+    planned = _planned(point, study)
     was, now = trajectory(_config(path / "config.yaml")), trajectory(planned)
     if not any(word.startswith("optim.lr=") for word in point.words):
         was["optim.lr"] = now["optim.lr"]  # not chosen yet
@@ -137,6 +137,22 @@ def _changed(path: Path, point: Point, study: Config) -> list[str]:
         for key in sorted(was.keys() | now.keys())
         if was.get(key) != now.get(key)
     ]
+
+
+def _planned(point: Point, study: Config) -> Config:
+    """The config that a point's words make of a study's, as `load` would; its words are numbers, lists and names.
+
+    Without the reader of users' words, which takes ten times as long: a report reads hundreds of points.
+    """
+    plain = to_dict(study)
+    for word in point.words:
+        key, _, text = word.partition("=")
+        group, _, name = key.partition(".")
+        try:
+            plain[group][name] = json.loads(text)
+        except ValueError:
+            plain[group][name] = text
+    return from_dict(plain)
 
 
 def recorded(study: Study) -> dict[str, Choice] | None:
