@@ -10,6 +10,7 @@ import pytest
 from distributed.micro import train, words
 from distributed.world import world
 from vmamba_dist.config import load
+from vmamba_dist.core.machine import cores, processor
 from vmamba_dist.data.shards import pack
 from vmamba_dist.scaling import verbs
 from vmamba_dist.scaling.runs import losses_of, read_study
@@ -66,4 +67,8 @@ def test_from_a_plan_over_its_runs_to_a_report(tmp_path: Path, capsys: pytest.Ca
     assert set(law) == {"E", "A", "B", "alpha", "beta"}
     assert verbs.main(["predict", "model=vmamba_atto", "samples=640", *line]) == 0
     assert "inside of the fitted range" in capsys.readouterr().out
-    assert "9 runs" in (tmp_path / "runs" / "study" / "report.md").read_text()
+    told = (tmp_path / "runs" / "study" / "report.md").read_text()
+    assert "9 runs" in told
+    where = told.split("## Where it ran")[1].split("##")[0]
+    assert f"| {processor()}, {cores()} cores | 11 | 1 × " in where
+    assert "11 runs took " in where

@@ -14,12 +14,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 from scipy.optimize import minimize, nnls
+from scipy.stats import f as f_distribution
 
 from vmamba_dist.config import ConfigError
 from vmamba_dist.scaling import verbs
 from vmamba_dist.scaling.analysis import analyse, details, law_of, simple_laws
 from vmamba_dist.scaling.fit import Array, Problem, nonnegative, predict
-from vmamba_dist.scaling.laws import JOINT, Work, fit_law, fit_simple, frontier, parabola, seed_noise
+from vmamba_dist.scaling.laws import (
+    JOINT,
+    Interval,
+    Work,
+    fit_law,
+    fit_simple,
+    frontier,
+    misfit,
+    parabola,
+    seed_noise,
+)
 from vmamba_dist.scaling.runs import RunRecord, read_table
 
 TRUTH = {"E": 1.69, "A": 406.4, "B": 410.7, "alpha": 0.34, "beta": 0.28}  # Hoffmann et al., arXiv 2203.15556
@@ -276,6 +287,108 @@ def test_what_cannot_be_told_is_said() -> None:
     assert any("alpha is at its bound" in r or "beta is at its bound" in r for r in flat.remarks())
     steep = fit_law(x, noisy(np.stack([x[0] / 1e5, x[1] / 1e6]), 0), bootstraps=60)
     assert any("E is hardly identified" in r for r in steep.remarks())
+
+
+def test_the_f_test_is_the_textbooks() -> None:
+    rng = np.random.default_rng(0)
+    for cells, each, shift in ((12, 2, 0.0), (16, 2, 1.5), (40, 3, 0.4), (7, 5, 4.0)):
+        groups = rng.standard_normal((cells, each)) + shift * rng.standard_normal((cells, 1))
+        found = misfit([i for i in range(cells) for _ in range(each)], groups.ravel(), 5)
+        assert found is not None
+        pure = ((groups - groups.mean(axis=1, keepdims=True)) ** 2).sum() / (cells * (each - 1))
+        lack = each * (groups.mean(axis=1) ** 2).sum() / (cells - 5)
+        assert found.free == (cells - 5, cells * (each - 1))
+        assert found.f == pytest.approx(lack / pure)
+        assert found.chance == pytest.approx(f_distribution.sf(lack / pure, *found.free), rel=1e-8)
+    assert misfit(range(40), rng.standard_normal(40), 5) is None  # no cell has two
+    assert misfit([i // 2 for i in range(40)], np.repeat(rng.standard_normal(20), 2), 5) is None  # copies
+
+
+def seeded(y: Array, seed: int, noise: float) -> tuple[Array, Array]:
+    """A 4 × 4 grid of a micro-study's sizes and samples, two runs a point, of losses y(N, D)."""
+    n, d = (axis.ravel() for axis in np.meshgrid([3e4, 9e4, 2e5, 4e5], [16384, 32768, 65536, 131072]))
+    drawn = np.random.default_rng(seed).standard_normal((2, 16))
+    return np.tile(np.stack([n, d]), 2), (y * np.exp(noise * drawn)).ravel()
+
+
+def records_of(x: Array, y: Array, **facts: float | int) -> list[RunRecord]:
+    return [
+        RunRecord(f"r{i}", "finished", "", n, d, float(loss), **facts)  # type: ignore[arg-type]
+        for i, ((n, d), loss) in enumerate(zip(x.T, y, strict=True))
+    ]
+
+
+def test_a_law_that_its_own_runs_reject_is_said_first(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A learning transition (a logistic curve in log D) that a power law was fitted to, and no word of it (wrong)."""
+    x, _ = seeded(np.ones(16), 0, 0.0)
+    size, count = x[:, :16]
+    transition = 0.2 + 4.4 / (1 + (count / 3e4) ** 1.6) * (size / 1e5) ** -0.2
+    law = 0.5 + 30 / size**0.3 + 90 / count**0.4
+    for y, rejected in ((transition, True), (law, False)):
+        _, losses = seeded(y, 1, 0.03)
+        found = analyse(records_of(x, losses), bootstraps=60)
+        assert bool(found.rejected) == rejected
+        assert (found.frontier.flops.max() > 10 * (6 * x[0] * x[1]).max()) != rejected  # not extrapolated
+        full = tmp_path / "details.json"
+        runs = table(tmp_path / "runs.csv", x, losses)
+        assert verbs.main(["fit", f"table={runs}", f"details={full}", "bootstraps=60"]) == 0
+        said = capsys.readouterr().out
+        assert said.startswith("REJECTED: the runs reject this law") == rejected
+        assert said.count("reject this law") == rejected
+        assert ("mean residuals by samples: 16384 -" in said) == rejected
+        assert (
+            verbs.main(["predict", f"fit={full}", "model=vmamba_atto", "samples=1e6", "model.num_classes=9"])
+            == 0
+        )
+        assert capsys.readouterr().out.startswith("REJECTED: the runs reject this law") == rejected
+
+
+def test_a_true_law_is_rejected_as_rarely_as_it_says() -> None:
+    x, _ = seeded(np.ones(16), 0, 0.0)
+    law = 0.5 + 30 / x[0, :16] ** 0.3 + 90 / x[1, :16] ** 0.4
+    wrong = sum(
+        bool(analyse(records_of(x, seeded(law, seed, 0.03)[1]), bootstraps=40).rejected)
+        for seed in range(100, 130)
+    )
+    assert wrong <= 2  # of 30 at 1 %
+
+
+def test_a_coefficient_at_its_bound_has_no_interval_of_no_width() -> None:
+    """E that the fit held at 0 was printed as 0 (0 … 0) (wrong): as though it were known to be so exactly."""
+    assert str(Interval(0.0, 0.0, 0.0)) == "0 (at its bound of 0)"
+    assert str(Interval(0.0, 0.0, 0.5)) == "0 (0 … 0.5)"
+    x = grid(4, 4)
+    bent = fit_law(x, 10 - np.log(x[1]) / 3 + 100 / x[0] ** 0.3, bootstraps=60)
+    assert bent.value[0] == 0
+    assert any("E is hardly identified: it is at its bound of 0" in r for r in bent.remarks())
+
+
+def test_few_samples_a_class_are_noted_where_the_classes_are_known() -> None:
+    x, _ = seeded(np.ones(16), 0, 0.0)
+    losses = seeded(0.5 + 30 / x[0, :16] ** 0.3 + 90 / x[1, :16] ** 0.4, 0, 0.01)[1]
+    with_classes = analyse(records_of(x, losses, classes=100), bootstraps=40).remarks()
+    assert any(r.startswith("8 of the 32 runs saw fewer than 300 samples a class") for r in with_classes)
+    without = analyse(records_of(x, losses), bootstraps=40).remarks()
+    assert not any("samples a class" in r for r in without)
+
+
+def test_resolutions_are_no_seeds_of_each_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Runs of two resolutions at one N and D counted as seeds (wrong): their difference was the noise between seeds."""
+    x, _ = seeded(np.ones(16), 0, 0.0)
+    law = 0.5 + 30 / x[0, :16] ** 0.3 + 90 / x[1, :16] ** 0.4
+    lines = ["params,samples,loss,resolution"]
+    for px, factor, seed in ((64, 1.0, 0), (96, 0.7, 1)):
+        losses = factor * seeded(law, seed, 0.01)[1]
+        lines += [f"{n:g},{d:g},{loss:.8g},{px}" for (n, d), loss in zip(x.T, losses, strict=True)]
+    path = tmp_path / "joined.csv"
+    path.write_text("\n".join(lines) + "\n")
+    found = analyse(read_table(path), bootstraps=40)
+    assert found.seeds == pytest.approx(0.01, rel=0.4)
+    assert verbs.main(["fit", f"table={path}", "bootstraps=40"]) == 0
+    said = capsys.readouterr().out
+    assert "runs at 64 and 96 px are fitted as one law, which knows no resolution" in said
 
 
 def test_a_loss_that_does_not_fall_along_one_of_them_is_said(

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
+import re
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 
@@ -22,6 +25,7 @@ from vmamba_dist.scaling.study import (
     totals,
 )
 
+ROOT = Path(__file__).resolve().parents[2]
 SMALL = [
     "model.name=vmamba_atto",
     "model.num_classes=10",
@@ -220,6 +224,17 @@ def test_a_plan_that_cannot_be_is_named(words: list[str], part: str) -> None:
         plan_study(load([*SMALL, *words]))
 
 
+def test_runs_that_repeat_the_set_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """D counts repeats as fresh samples, which a plan did not say (wrong)."""
+    words = [*GRID, f"data.train={tmp_path}"]
+    assert verbs.main(["plan", *words]) == 0
+    assert "repeat the set" not in capsys.readouterr().out  # nobody knows
+    info = {"splits": {"train": {"num_samples": 10000}}, "num_classes": 10}
+    (tmp_path / "_info.json").write_text(json.dumps(info))
+    assert verbs.main(["plan", *words]) == 0
+    assert "note: 8 runs repeat the set's 10000 samples, up to 2.56 times" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("name", ["micro", "gpu", "large"])
 def test_shipped_studies_plan(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert verbs.main(["plan", f"config=configs/study/{name}.yaml"]) == 0
@@ -230,3 +245,10 @@ def test_shipped_studies_plan(name: str, capsys: pytest.CaptureFixture[str]) -> 
     fitted = [p for p in study.planned if not p.rung.held_out]
     assert len(fitted) >= 24
     assert len({p.level or p.samples for p in fitted}) >= 4
+    if name == "large":  # what is said of its cost elsewhere
+        hours = totals(study.points)[1]
+        assert hours is not None
+        for file in ("docs/studies.md", "configs/study/large.yaml"):
+            told = re.search(r"([\d,]{5,}) GPU-hours of H100|ends it at ([\d,]+)", (ROOT / file).read_text())
+            assert told is not None
+            assert float((told[1] or told[2]).replace(",", "")) == pytest.approx(hours, rel=0.005)

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,16 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from vmamba_dist.cluster import ledger, status
+from vmamba_dist.cluster.ledger import Line
 from vmamba_dist.config import Config, ConfigError, load, to_yaml
+from vmamba_dist.data.datasets.fractals import read_words
 from vmamba_dist.models import flops
+from vmamba_dist.models.variants import configured
 from vmamba_dist.scaling import verbs
 from vmamba_dist.scaling.analysis import analyse
 from vmamba_dist.scaling.report import Section, Table, as_html, markdown
-from vmamba_dist.scaling.runs import losses_of, read_run, read_study, read_table
+from vmamba_dist.scaling.runs import _planned, losses_of, read_run, read_study, read_table
 from vmamba_dist.scaling.study import Point, Study, choose_lrs, plan_study
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -42,7 +47,7 @@ def record(
     more = [f"optim.lr={lr:.6g}"] if point.phase == "grid" else []
     cfg = load([*words, *point.words, *more])
     folder = Path(cfg.run.dir)
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(to_yaml(cfg))
     batch = cfg.data.global_batch
     first = point.branch_from.step if point.branch_from else 0
@@ -117,6 +122,65 @@ def test_every_point_has_one_record_that_says_how_it_stands(micro: tuple[Study, 
     assert branched.branch_from is not None
     expected = f"{branched.branch_from.point} at step {branched.branch_from.step}"
     assert runs[branched.name].branched_from == expected
+
+
+def test_a_failure_on_slurm_has_its_reason(tmp_path: Path) -> None:
+    """Arrays leave no points/NAME.json, so a run that Slurm stopped had (wrong) "never started"; its ledger has why."""
+    words = [MICRO, f"run.dir={tmp_path}"]
+    study = plan_study(load(words))
+    first, begun, other = study.planned[0], study.planned[1], study.planned[2]
+    why = "data.train has no _info.json"
+    for point in (first, begun):
+        ledger.append(tmp_path / point.name, Line("begin", "s0", "7_1", 0, 0))
+        ledger.append(tmp_path / point.name, Line("end", "s0", "7_1", 0, 0, code=2, verdict="stop", why=why))
+    ledger.append(tmp_path / other.name, Line("end", "s0", "7_2", 0, 0, verdict="requeue", why="preempted"))
+    assert record(begun, words, None, until=0.5).name == begun.name
+    runs = {r.name: r for r in read_study(study)}
+    assert (runs[first.name].status, runs[first.name].why) == ("failed", why)
+    assert runs[begun.name].status == "failed"
+    assert runs[begun.name].why.startswith(f"{why}; ")
+    assert (runs[other.name].status, runs[other.name].why) == ("missing", "never started")
+    assert status.record(tmp_path / first.name).note == why  # `vmamba runs` says the same
+    (tmp_path / begun.name / "attempts.jsonl").write_text(
+        '{"attempt": 2, "host": "h", "pid": 1, "job": "", "started": "2999-01-01T00:00:00+00:00"}\n'
+    )
+    assert read_study(study)[len(study.search) + 1].status == "unfinished"  # a later start went on
+
+
+def test_runs_of_another_config_are_listed_and_not_fitted(tmp_path: Path) -> None:
+    """A run in a point's folder that was trained by other words was fitted as the point (wrong)."""
+    words = [MICRO, f"run.dir={tmp_path}"]
+    study = plan_study(load(words))
+    for i, point in enumerate(study.planned):
+        other = ["optim.weight_decay=0.2"] if i == 3 else []
+        record(point, [*words, *other], law(point))
+    stranger = study.planned[3]
+    runs = {r.name: r for r in read_study(study)}
+    assert runs[stranger.name].status == "foreign"
+    assert "trained with another config: optim.weight_decay was 0.2, now 0.05" in runs[stranger.name].why
+    assert [r.name for r in runs.values() if r.status == "foreign"] == [stranger.name]
+    found = analyse(read_study(study), bootstraps=40)
+    assert stranger.name in [r.name for r in found.left_out]
+    assert stranger.name not in [r.name for r in found.used]
+    allowed = plan_study(load([*words, "run.allow_changes=true"]))
+    assert {r.name: r.status for r in read_study(allowed)}[stranger.name] == "finished"
+    kept = {rung.label: {"lr": 0.00321, "how": "search: best run"} for rung in study.rungs}
+    content = {"search": sorted(point.name for point in study.search), "losses": {}, "chosen": kept}
+    (tmp_path / "lrs.json").write_text(json.dumps(content))
+    foreign = [
+        r for r in read_study(study) if r.status == "foreign"
+    ]  # another lr than the one that was chosen
+    assert len(foreign) == len(study.planned)
+    assert "optim.lr was 0.002, now 0.00321" in foreign[0].why
+
+
+def test_a_points_config_is_what_its_words_make(micro: tuple[Study, list[str]]) -> None:
+    words = micro[1]
+    deep = [*words, "study.depth_power=0.5", "study.batch_power=0.5"]
+    for said in (words, deep):
+        other = plan_study(load(said))
+        for point in (other.search[0], *other.grid(dict.fromkeys((r.label for r in other.rungs), 1e-5))[::9]):
+            assert _planned(point, other.cfg) == load([*said, *point.words])
 
 
 def test_a_record_counts_as_the_model_does(micro: tuple[Study, list[str]]) -> None:
@@ -246,6 +310,101 @@ def test_a_study_without_runs_has_a_report_that_says_so(tmp_path: Path) -> None:
     assert told.count("| missing | never started |") == count
 
 
+def test_the_report_begins_with_the_rejection_of_its_law(tmp_path: Path) -> None:
+    """A learning transition: the report of the law fitted to it spoke of intervals and predictions alone (wrong)."""
+    words = [MICRO, f"run.dir={tmp_path}", "study.lrs=[]"]
+    study = plan_study(load(words))
+    rng = np.random.default_rng(0)
+    for point in study.planned:
+        size, count = point.rung.params / 1e5, point.samples / 3e4
+        lr = choose_lrs(study, {})[point.rung.label].lr  # the rule's
+        record(
+            point,
+            words,
+            (0.2 + 4 / (1 + count**1.6) * size**-0.2) * math.exp(0.03 * rng.standard_normal()),
+            lr=lr,
+        )
+    assert all(r.finished for r in read_study(study))
+    assert verbs.main(["report", *words, "bootstraps=40"]) == 0
+    told = (tmp_path / "study" / "report.md").read_text()
+    summary = told.split("## Summary")[1]
+    assert summary.lstrip().startswith("REJECTED: the runs reject this law")
+    assert "mean residuals by samples: 16384 " in summary
+    assert "8 of the 32 runs saw fewer than 300 samples a class" in summary
+    assert "a law that its runs reject is not extrapolated" in told
+    assert "Inside shows little here" in told
+
+
+def test_the_report_tells_where_and_how_it_ran(tmp_path: Path) -> None:
+    """The run's command lacked sweep.parallel and that of the data, and nothing said what it ran on (wrong)."""
+    shards, runs = tmp_path / "fractals", tmp_path / "runs"
+    shards.mkdir()
+    info = {
+        "num_classes": 100,
+        "fractal": {
+            "classes": 100,
+            "size": 32,
+            "seed": 0,
+            "points": 4096,
+            "patch": 1,
+            "format": "jpg",
+            "quality": 90,
+        },
+        "splits": {"train": {"num_samples": 132000}, "test": {"num_samples": 5000}},
+    }
+    (shards / "_info.json").write_text(json.dumps(info))
+    words = [MICRO, f"run.dir={runs}", f"data.train={shards}"]
+    study = plan_study(load(words))
+    (runs / "points").mkdir(parents=True)
+    command = f"vmamba study run {' '.join(words)} sweep.parallel=2"
+    (runs / "sweep.json").write_text(json.dumps({"command": command, "points": []}))
+    facts = {
+        "world_size": 2,
+        "threads": 3,
+        "device": "cpu",
+        "machine": "x86_64",
+        "torch": "2.14.1",
+        "commit": "01ab" * 10,
+    }
+    for i, point in enumerate(study.planned[:3]):
+        folder = record(point, words, law(point))
+        known = {"processor": "Abacus 9000", "cores": 48} if i else {}
+        (folder / "environment.json").write_text(json.dumps(facts | known))
+        starts = [
+            {
+                "attempt": n,
+                "host": "elsewhere",
+                "pid": 1,
+                "job": "",
+                "started": f"2026-11-30T10:0{n}:00+00:00",
+            }
+            for n in range(1, 1 + max(1, i))
+        ]
+        (folder / "attempts.jsonl").write_text("".join(json.dumps(start) + "\n" for start in starts))
+        ended = datetime(2026, 11, 30, 10, 10, tzinfo=UTC).timestamp()
+        (runs / "points" / f"{point.name}.json").write_text(
+            json.dumps({"exit_code": 0, "reason": "", "at": ended})
+        )
+    assert verbs.main(["report", *words, "bootstraps=40"]) == 0
+    told = (runs / "study" / "report.md").read_text()
+    where = told.split("## Where it ran")[1].split("##")[0]
+    # Two processes a run, of 9 minutes, and of 8 in the run whose last start began at 10:02.
+    assert (
+        "| Abacus 9000, 48 cores | 2 | 2 × 3 | 2026-11-30 10:01 | 2026-11-30 10:10 | 2040 | torch 2.14.1, "
+        in where
+    )
+    assert "| x86_64 | 1 | 2 × 3 | 2026-11-30 10:01 | 2026-11-30 10:10 | 1080 |" in where
+    assert "3 runs took 3120 process-seconds" in where
+    assert "1 earlier starts of them were cut off" in where
+    assert "commit 01ab01ab01ab" in where
+    commands = told.split("## Commands")[1]
+    assert f"\n{command}\n" in commands
+    fractal = next(line for line in commands.splitlines() if line.startswith("vmamba shards fractal"))
+    assert f"{shards} classes=100 per_class=1320 test_per_class=50 size=32 seed=0" in fractal
+    config = read_words(fractal.split()[4:])
+    assert (config.classes, config.per_class, config.num_test, config.size) == (100, 1320, 50, 32)
+
+
 def test_what_a_run_is_called_cannot_break_the_page() -> None:
     table = Section("<b>", ("a < b & c", Table(("|",), (("<script>|x",),))))
     page = as_html("<t>", [table])
@@ -324,6 +483,37 @@ def test_a_prediction_says_how_far_out_it_is(
 def test_a_prediction_that_cannot_be_is_named(words: list[str], part: str) -> None:
     with pytest.raises(ConfigError, match=part):
         verbs.main(["predict", *words])
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["model.ssm_ratio=2"],
+        ["model.width=48"],
+        ["model.depths=[2,2,5,2]"],
+        ["width=48", "model.ssm_ratio=2"],
+    ],
+    ids=" ".join,
+)
+def test_a_prediction_is_of_the_model_that_was_asked_for(
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """model.* was dropped without a word (wrong): the bare model's parameters and loss came out."""
+    rows = [
+        f"{n:g},{d:g},{0.5 + 30 / n**0.3 + 90 / d**0.4:.8g}" for n in (1e4, 1e5, 1e6) for d in (1e4, 1e5, 1e6)
+    ]
+    (tmp_path / "runs.csv").write_text("\n".join(["params,samples,loss", *rows]) + "\n")
+    full = tmp_path / "details.json"
+    assert verbs.main(["fit", f"table={tmp_path / 'runs.csv'}", f"details={full}", "bootstraps=40"]) == 0
+    capsys.readouterr()
+    assert verbs.main(["predict", "model=vmamba_atto", "samples=1e5", f"fit={full}", *words]) == 0
+    said = capsys.readouterr().out
+    config = [word if word.startswith("model.") else f"model.{word}" for word in words]
+    params = flops.params(configured(load(["model.name=vmamba_atto", *config]).model), 0)
+    assert params != flops.params("vmamba_atto", 0)
+    assert f"{params / 1e6:.2f} M parameters without the classifier" in said
+    loss = float(re.search(r"^loss +([\d.]+)", said, re.MULTILINE).group(1))  # type: ignore[union-attr]
+    assert loss == pytest.approx(0.5 + 30 / params**0.3 + 90 / 1e5**0.4, rel=0.01)
 
 
 def test_a_misspelt_sub_verb_names_the_nearest() -> None:

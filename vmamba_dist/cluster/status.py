@@ -236,14 +236,22 @@ def _state(
     wanted = meta.extra.get("config", {}).get("run", {}).get("max_steps") if meta else None
     if meta is not None and has_reached(meta, wanted):
         return "paused", f"at run.max_steps={wanted}"
-    line = ledger.last(run)
-    if line is not None and line.verdict == "stop" and (last is None or line.at >= last.started):
-        return "failed", line.why
+    why = stopped_for(run, last)
+    if why:
+        return "failed", why
     if meta is not None and meta.step >= step:
         return "stopped", "saved; the same command goes on"
     if last is not None:
         return "failed", f"ended without a save, killed or crashed: {run / 'train.log'}"
     return "new", ""
+
+
+def stopped_for(run: Path, last: Attempt | None) -> str:
+    """Why the run's last start on Slurm was its last one; "" where it may go on, or was never there."""
+    line = ledger.last(run)
+    if line is None or line.verdict != "stop" or (last is not None and line.at < last.started):
+        return ""
+    return line.why or f"exit code {line.code}"
 
 
 def _age(path: Path) -> float:

@@ -18,19 +18,21 @@ from vmamba_dist.scaling.laws import (
     JOINT,
     Frontier,
     Law,
+    Misfit,
     Parabola,
     Work,
     as_plain,
     fit_law,
     fit_simple,
     frontier,
+    misfit,
     outliers,
     parabola,
     plain,
     seed_noise,
     work_of,
 )
-from vmamba_dist.scaling.runs import RunRecord
+from vmamba_dist.scaling.runs import FEW, RunRecord
 
 Measure = Literal["loss", "top1"]
 Dimension = Literal["samples", "params", "resolution", "width", "depth"]
@@ -43,7 +45,7 @@ _FIXED: Mapping[str, tuple[str, ...]] = {
     "depth": ("width", "samples", "resolution"),
 }
 _LEVELS = 4  # of compute, where they are interpolated
-_BEYOND = 100.0  # the frontier is drawn so far beyond the runs' compute
+_BEYOND = 100.0  # the frontier of a law that is not rejected is drawn so far beyond the runs' compute
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,7 @@ class Analysis:
     parabola: Parabola | None
     interpolated: bool  # the parabola's levels are, between the runs of each size
     seeds: float | None  # noise of log loss between runs of one point
+    misfit: Misfit | None  # None: no point has two runs
     simple: tuple[SimpleLaw, ...]
 
     @property
@@ -99,8 +102,37 @@ class Analysis:
         sizes, counts = ([getattr(r, name) for r in self.used] for name in ("params", "samples"))
         return {"params": (min(sizes), max(sizes)), "samples": (min(counts), max(counts))}
 
+    @property
+    def rejected(self) -> str:
+        """Why the law is not to be believed, where its own runs reject it; "" where they do not."""
+        if self.misfit is None or not self.misfit.rejects:
+            return ""
+        return (
+            "the runs reject this law: their points lie further from it than runs of one point from each other, "
+            f"{self.misfit} (noise around the law {self.law.noise:.1%}, between seeds {self.seeds:.1%}); mean "
+            f"residuals by samples: {', '.join(self._residuals_by_samples())}. Its parameters, intervals, frontier and "
+            "predictions are those of a curve that is not the runs'; inside its interval shows little, as the misfit "
+            "counts there as noise"
+        )
+
+    def _residuals_by_samples(self) -> Iterator[str]:
+        counts = np.array([r.samples for r in self.used])
+        for count in np.unique(counts):
+            yield f"{count:.7g} {np.expm1(self.law.residuals[counts == count].mean()):+.0%}"
+
     def remarks(self) -> list[str]:
-        found = [*self.law.remarks(), *self._flat()]
+        """What a reader must know before believing it, the worst first."""
+        found = [self.rejected] if self.rejected else []
+        found += [*self._few(), *self.law.remarks(), *self._flat()]
+        if self.misfit is None:
+            found.append(
+                "no point has two runs that differ, so a law that is wrong cannot be told from noise"
+            )
+        if len(self.resolutions) > 1:
+            found.append(
+                f"runs at {' and '.join(f'{px:g}' for px in self.resolutions)} px are fitted as one law, which knows "
+                "no resolution: what resolution changes is in its noise; fit each alone, or against=resolution"
+            )
         if self.work.assumed:
             found.append("no multiply-adds were given (column gmacs): the frontier assumes C = 6 N D")
         if any(r.branched_from for r in self.used):
@@ -120,6 +152,18 @@ class Analysis:
                 "the runs are a grid of samples: IsoFLOP levels are interpolated along each size's runs, in logarithms"
             )
         return found
+
+    @property
+    def resolutions(self) -> list[float]:
+        return sorted({r.resolution for r in self.used if r.resolution is not None})
+
+    def _few(self) -> Iterator[str]:
+        few = sum(r.classes is not None and r.samples < FEW * r.classes for r in self.used)
+        if few:
+            yield (
+                f"{few} of the {len(self.used)} runs saw fewer than {FEW} samples a class, where losses have shown a "
+                "transition of learning rather than a power law"
+            )
 
     def _flat(self) -> Iterator[str]:
         x, y = points(self.used)
@@ -160,7 +204,10 @@ def analyse(
     flops = work.flops(x[0]) * x[1]
     if len(known) == len(gmacs):
         flops = 6e9 * known * x[1]
-    grid = np.geomspace(flops.min(), _BEYOND * flops.max(), 41)
+    cells = [(r.params, r.samples, r.resolution) for r in used]
+    found_misfit = misfit(cells, law.residuals, len(law.names))
+    beyond = 1.0 if found_misfit is not None and found_misfit.rejects else _BEYOND
+    grid = np.geomspace(flops.min(), beyond * flops.max(), 41)
     naive = parabola(x[0], flops, y, seed=seed)
     between = _interpolated(x[0], flops, y) if naive is None or len(naive.valleys) < 2 else None
     if between is not None:
@@ -174,7 +221,8 @@ def analyse(
         frontier(law, work, grid),
         naive,
         between is not None,
-        seed_noise([(r.params, r.samples) for r in used], y),
+        seed_noise(cells, y),
+        found_misfit,
         tuple(
             found
             for of in ("loss", "top1")
@@ -276,8 +324,12 @@ def details(found: Analysis) -> dict[str, Any]:
         "noise": law.noise,
         "delta": law.delta,
         "noise_between_seeds": found.seeds,
+        "misfit": None
+        if found.misfit is None
+        else {"F": found.misfit.f, "free": list(found.misfit.free), "p": found.misfit.chance},
+        "rejected": found.rejected,
         "range": {name: list(span) for name, span in found.range.items()},
-        "resolutions": sorted({r.resolution for r in found.used if r.resolution is not None}),
+        "resolutions": found.resolutions,
         "remarks": found.remarks(),
         "runs": [
             _run(r) | {"predicted": float(p), "residual": float(e)}

@@ -21,7 +21,7 @@ from vmamba_dist.scaling.analysis import (
     simple_laws,
     simple_plain,
 )
-from vmamba_dist.scaling.laws import BOOTSTRAPS, plain
+from vmamba_dist.scaling.laws import BOOTSTRAPS, Interval, plain
 from vmamba_dist.scaling.publish import publish_json
 from vmamba_dist.scaling.runs import RunRecord, read_study, read_table
 from vmamba_dist.scaling.study import plan_study
@@ -101,7 +101,8 @@ def _along(own: Mapping[str, str], records: Sequence[RunRecord], bootstraps: int
 
 def text(found: Analysis) -> list[str]:
     """Return a fit for people, as lines."""
-    return [*_law(found), *_frontier(found), *_predictions(found), *_left(found), *_remarks(found)]
+    led = [f"REJECTED: {found.rejected}", ""] if found.rejected else []
+    return [*led, *_law(found), *_frontier(found), *_predictions(found), *_left(found), *_remarks(found)]
 
 
 def _law(found: Analysis) -> Iterator[str]:
@@ -109,13 +110,18 @@ def _law(found: Analysis) -> Iterator[str]:
     yield f"loss = E + A / params^alpha + B / samples^beta, of {len(found.used)} runs"
     yield f"{'':<8}{'value':>11}   95 % interval              95 % for all at once"
     for (name, own), (_, all_) in zip(law.estimates.items(), law.simultaneous.items(), strict=True):
-        one, box = (f"{i.low:>10.4g} … {i.high:<10.4g}" for i in (own, all_))
+        one, box = (_bounds(i) for i in (own, all_))
         yield f"{name:<8}{own.value:>11.4g}  {one}   {box}"
     yield (
         f"noise    {law.noise:.2%} of a run's loss around the law; "
         + (f"{found.seeds:.2%} between seeds" if found.seeds is not None else "no point has two seeds")
         + f"; Huber's threshold {law.delta:.2%}"
     )
+
+
+def _bounds(interval: Interval) -> str:
+    low, dots, high = interval.span.partition(" … ")
+    return f"{low:>10} … {high:<10}" if dots else f"{low:^23}"
 
 
 def _frontier(found: Analysis) -> Iterator[str]:
@@ -152,9 +158,10 @@ def _span(values: tuple[float, float, float]) -> str:
 def _predictions(found: Analysis) -> Iterator[str]:
     for h in found.held_out:
         inside = "inside" if h.low <= (h.run.loss or math.nan) <= h.high else "outside of"
+        little = ", which shows little: the law is rejected" if found.rejected and inside == "inside" else ""
         yield (
             f"held out {h.run.name}: loss {h.run.loss:.4f}, predicted {h.predicted:.4f} ({h.low:.4f} … {h.high:.4f}), "
-            f"off by {h.error:+.2%}, {inside} its interval"
+            f"off by {h.error:+.2%}, {inside} its interval{little}"
         )
 
 
@@ -167,7 +174,8 @@ def _left(found: Analysis) -> Iterator[str]:
 
 def _remarks(found: Analysis) -> Iterator[str]:
     for remark in found.remarks():
-        yield f"note     {remark}"
+        if remark != found.rejected:  # which stands at the top
+            yield f"note     {remark}"
 
 
 def simple_text(found: SimpleLaw) -> Iterator[str]:

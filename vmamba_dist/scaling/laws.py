@@ -7,6 +7,7 @@ multiply-adds of a forward × samples. Everything is a function of the runs and 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -19,6 +20,7 @@ CONFIDENCE = 0.95
 DELTA = 1.5  # Huber's threshold over the noise
 OUTLIER = 3.0  # a residual over the noise that is listed
 BOOTSTRAPS = 1000
+UNLIKELY = 0.01  # a true law is rejected in so many studies
 JOINT = ("E", "A", "B", "alpha", "beta")
 SIMPLE = ("E", "A", "alpha")
 _CLIPPED = 0.7785  # mean square of a standard normal that is clipped at DELTA
@@ -35,7 +37,14 @@ class Interval:
     high: float
 
     def __str__(self) -> str:
-        return f"{self.value:.4g} ({self.low:.4g} … {self.high:.4g})"
+        return f"{self.value:.4g} ({self.span})"
+
+    @property
+    def span(self) -> str:
+        """The bounds. None where the fit is held at 0 in all bootstraps: no width there is a precision."""
+        if self.value == self.low == self.high == 0:
+            return "at its bound of 0"
+        return f"{self.low:.4g} … {self.high:.4g}"
 
     def holds(self, truth: float) -> bool:
         return self.low <= truth <= self.high
@@ -86,7 +95,12 @@ class Law:
         """What a reader must know before believing it."""
         found = []
         e = self.estimates["E"]
-        if e.low <= 0.01 * max(e.value, _TINY) or e.high - e.low > e.value:
+        if e.value == 0:
+            found.append(
+                f"E is hardly identified: it is at its bound of 0, and up to {e.high:.4g} in the bootstraps; that is "
+                "no measure of what neither size nor samples lower, and predictions far outside of the runs rest on it"
+            )
+        elif e.low <= 0.01 * max(e.value, _TINY) or e.high - e.low > e.value:
             found.append(f"E is hardly identified: {e}; predictions far outside of the runs rest on it")
         for i, name in enumerate(self.names):
             if name in ("alpha", "beta"):
@@ -155,6 +169,72 @@ def seed_noise(cells: Sequence[object], y: Array) -> float | None:
         return None
     free = sum(len(g) - 1 for g in several)
     return float(np.sqrt(sum(((g - g.mean()) ** 2).sum() for g in several) / free))
+
+
+@dataclass(frozen=True)
+class Misfit:
+    """Lack of fit over pure error: whether the means of points lie further from the law than their runs explain."""
+
+    f: float
+    free: tuple[int, int]  # degrees of freedom: points less parameters, runs less points
+    chance: float  # of such an F or a larger one under a law that is true
+
+    @property
+    def rejects(self) -> bool:
+        return self.chance < UNLIKELY
+
+    def __str__(self) -> str:
+        return f"F({self.free[0]}, {self.free[1]}) = {self.f:.3g}, p = {self.chance:.1g}"
+
+
+def misfit(cells: Sequence[object], residuals: Array, parameters: int) -> Misfit | None:
+    """The F test of a law that was fitted to runs of `cells`; None where no cell has two runs that differ.
+
+    Without runs of one point nothing tells a law that is wrong from noise. The fit is Huber's, so F is a little larger
+    than that of least squares.
+    """
+    groups: dict[object, list[float]] = {}
+    for cell, residual in zip(cells, residuals, strict=True):
+        groups.setdefault(cell, []).append(float(residual))
+    each = [np.asarray(group) for group in groups.values()]
+    free = len(each) - parameters, residuals.size - len(each)
+    pure = sum(float(((group - group.mean()) ** 2).sum()) for group in each)
+    if min(free) < 1 or pure <= 0:
+        return None
+    lack = sum(float(group.size * group.mean() ** 2) for group in each)
+    f = (lack / free[0]) / (pure / free[1])
+    return Misfit(f, free, _beyond_f(f, *free))
+
+
+def _beyond_f(f: float, above: int, below: int) -> float:
+    """The chance of an F of (above, below) degrees of freedom beyond f: a regularized incomplete beta function."""
+    x = below / (below + above * f)
+    return _incomplete_beta(below / 2, above / 2, x)
+
+
+def _incomplete_beta(a: float, b: float, x: float) -> float:
+    """I_x(a, b) by its continued fraction (Lentz's method): scipy is not needed for a fit."""
+    if x <= 0 or x >= 1:
+        return float(x >= 1)
+    if x > (a + 1) / (a + b + 2):  # there the fraction of the other side converges
+        return 1 - _incomplete_beta(b, a, 1 - x)
+    logs = a * math.log(x) + b * math.log1p(-x) + math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b)
+    c, d = 1.0, 1 / _not_zero(1 - (a + b) * x / (a + 1))
+    value = d
+    for m in range(1, 500):
+        for step in (
+            m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m)),
+            -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1)),
+        ):
+            d, c = 1 / _not_zero(1 + step * d), _not_zero(1 + step / c)
+            value *= c * d
+        if abs(c * d - 1) < 1e-12:
+            break
+    return min(1.0, math.exp(logs) * value / a)
+
+
+def _not_zero(value: float) -> float:
+    return value if abs(value) > _TINY else _TINY
 
 
 # The frontier

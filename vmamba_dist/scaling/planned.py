@@ -6,12 +6,13 @@ Law: nothing runs and nothing is written.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from vmamba_dist.config import load
 from vmamba_dist.models.variants import configured
+from vmamba_dist.scaling.command import samples_and_classes
+from vmamba_dist.scaling.runs import FEW
 from vmamba_dist.scaling.study import Point, Study, hours_told, plan_study, totals
-
-FEW = 300  # samples a class
 
 
 def main(words: Sequence[str]) -> int:
@@ -112,6 +113,15 @@ def _rules(study: Study) -> Iterator[str]:
             f"  note: {len(few)} runs see fewer than {FEW} samples a class, where losses have shown a transition of "
             "learning rather than a power law"
         )
+    held = _samples_there(study)
+    again = [p for p in study.planned if held is not None and p.samples > held]
+    if again:
+        assert held is not None
+        most = max(p.samples for p in again) / held
+        yield (
+            f"  note: {len(again)} runs repeat the set's {held} samples, up to {most:.3g} times; "
+            "D counts repeats as fresh samples, which they are not"
+        )
     if cfg.study.gpu:
         yield (
             f"  hours: `vmamba plan`'s model of {cfg.study.gpus} × {cfg.study.gpu} a run; evaluation and saving "
@@ -119,6 +129,14 @@ def _rules(study: Study) -> Iterator[str]:
         )
     elif cfg.study.device_gflops:
         yield f"  hours: of one process that sustains {cfg.study.device_gflops:g} GFLOP/s, as told"
+
+
+def _samples_there(study: Study) -> int | None:
+    """Samples of the training split, where its index is on this machine."""
+    train = study.cfg.data.train
+    if not isinstance(train, str) or not train or not (Path(train) / "_info.json").is_file():
+        return None
+    return samples_and_classes(study.cfg)[0]
 
 
 def _unit(study: Study) -> str:

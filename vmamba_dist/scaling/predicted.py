@@ -58,7 +58,8 @@ def main(words: Sequence[str]) -> int:
     samples = positive("samples", own["samples"])
     cfg, path = _study(own, rest)
     kept = _details(path)
-    model = replace(cfg.model, name=own["model"], width=None, depths=None, ssm_ratio=None)
+    # As a study's rungs are: model.* of its config holds for whatever model is named, all but model.name.
+    model = replace(cfg.model, name=own["model"])
     if "width" in own:
         model = replace(model, width=whole("width", own["width"]))
     cfg = replace(cfg, model=model)
@@ -125,7 +126,9 @@ def text(
     """Return a prediction for people, as lines."""
     low, high = found.law
     run_low, run_high = found.run
-    lines = [
+    rejected = kept.get("rejected")
+    lines = [f"REJECTED: {rejected}", ""] if rejected else []
+    lines += [
         f"model    {describe(model)}, {found.params / 1e6:.2f} M parameters without the classifier",
         f"samples  {found.samples:.4g} at {cfg.data.image_size} px: C = {found.flops:.3g} training FLOPs",
         f"loss     {found.loss:.4f}; 95 % of the law {low:.4f} … {high:.4f}, of one run {run_low:.4f} … {run_high:.4f}",
@@ -139,7 +142,7 @@ def text(
         lines += [f"OUTSIDE of the fitted range: {how}" for how in found.beyond]
     else:
         lines.append("inside of the fitted range")
-    lines += [f"note     {remark}" for remark in kept.get("remarks", ())]
+    lines += [f"note     {remark}" for remark in kept.get("remarks", ()) if remark != rejected]
     return lines
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import html
+import json
 import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from vmamba_dist.cluster.status import SWEEP
 from vmamba_dist.config import ConfigError, load
 from vmamba_dist.scaling import plots
 from vmamba_dist.scaling.analysis import Analysis, analyse, points
@@ -22,12 +24,11 @@ from vmamba_dist.scaling.board import write_events
 from vmamba_dist.scaling.fit import Array
 from vmamba_dist.scaling.fitted import place, split, study_folder, whole
 from vmamba_dist.scaling.laws import BOOTSTRAPS, frontier
+from vmamba_dist.scaling.places import places
 from vmamba_dist.scaling.planned import text as plan_text
 from vmamba_dist.scaling.publish import publish
-from vmamba_dist.scaling.running import recorded
-from vmamba_dist.scaling.runs import RunRecord, as_table, losses_of, read_study
+from vmamba_dist.scaling.runs import RunRecord, as_table, losses_of, read_study, recorded
 from vmamba_dist.scaling.study import Study, choose_lrs, plan_study
-from vmamba_dist.scaling.verbs import SUB_VERBS
 
 WORDS = {
     "out": "a folder for the report; the study's own, beside its runs, where it is left out",
@@ -123,7 +124,7 @@ def sections(
         out += [_runs_and_law(found), _isoflop(found), _frontier(found), _held_out(found), _simple(found)]
     if study.search:
         out.append(_search(study, runs))
-    out += [_pace(runs), _table(runs), _plan(study), _commands(study, runs, words)]
+    out += [_pace(runs), _table(runs), _plan(study), _where(study), _commands(study, runs, words)]
     return [section for section in out if section.parts]
 
 
@@ -144,11 +145,10 @@ def _summary(study: Study, runs: Sequence[RunRecord], found: Analysis | None, wh
     if found is None:
         return Section("Summary", (*parts, f"There is no fit: {why}."))
     law, box = found.law, found.law.simultaneous
-    rows = tuple(
-        (name, f"{i.value:.4g}", f"{i.low:.4g} … {i.high:.4g}", f"{box[name].low:.4g} … {box[name].high:.4g}")
-        for name, i in law.estimates.items()
-    )
+    rows = tuple((name, f"{i.value:.4g}", i.span, box[name].span) for name, i in law.estimates.items())
     seeds = f"{found.seeds:.2%} between seeds" if found.seeds is not None else "no point has two seeds"
+    if found.rejected:
+        parts.insert(0, f"REJECTED: {found.rejected}.")
     parts += [
         f"loss = E + A / N^alpha + B / D^beta, fitted to {len(found.used)} runs:",
         Table(("parameter", "value", "95 % interval", "95 % for all at once"), rows),
@@ -160,7 +160,7 @@ def _summary(study: Study, runs: Sequence[RunRecord], found: Analysis | None, wh
             f"{h.run.name}, held out: {_prediction(h.run.loss or 0, h.predicted, h.error)}."
             for h in found.held_out
         ),
-        *(f"{remark[0].upper()}{remark[1:]}." for remark in found.remarks()),
+        *(f"{remark[0].upper()}{remark[1:]}." for remark in found.remarks() if remark != found.rejected),
         *(
             f"Outlier: {run.name} lies {residual / law.noise:+.1f} × the noise from the law; it is fitted all the same."
             for run, residual in found.outliers
@@ -236,8 +236,12 @@ def _frontier(found: Analysis) -> Section:
             Plot("frontier", "The least loss at each compute: its size and samples.", plots.frontier(found)),
             f"N* ∝ C^{front.a}, D* ∝ C^{front.b}.",
             Table(("C", "N*", "D*", "loss"), rows),
-            f"Sizes and compute are tied by C = 6e9 × {found.work.gmacs:.3g} × N^{found.work.power:.3f} × D. Rows "
-            f"beyond the runs' own {max(r.flops or 0 for r in found.used):.3g} FLOPs are extrapolated.",
+            f"Sizes and compute are tied by C = 6e9 × {found.work.gmacs:.3g} × N^{found.work.power:.3f} × D. "
+            + (
+                "It ends with the runs' own compute: a law that its runs reject is not extrapolated."
+                if found.rejected
+                else f"Rows beyond the runs' own {max(r.flops or 0 for r in found.used):.3g} FLOPs are extrapolated."
+            ),
         ),
     )
 
@@ -267,8 +271,12 @@ def _held_out(found: Analysis) -> Section:
         (
             Plot("predictions", "Bars: 95 % for one run.", image),
             Table(("run", "loss", "predicted", "95 % for one run", "off by", "interval"), rows),
+            *([_LITTLE] if found.rejected else []),
         ),
     )
+
+
+_LITTLE = "Inside shows little here: the runs reject the law, and its misfit widens the interval as noise."
 
 
 def _simple(found: Analysis) -> Section:
@@ -361,15 +369,81 @@ def _plan(study: Study) -> Section:
     return Section("The plan", (Listing(tuple(plan_text(study))),))
 
 
+def _where(study: Study) -> Section:
+    found = places(Path(study.cfg.run.dir), [point.name for point in study.points])
+    if not found:
+        return Section("Where it ran", ())
+    rows = tuple(
+        (
+            place.machine,
+            str(place.runs),
+            f"{place.processes} × {place.threads}",
+            f"{place.first:%Y-%m-%d %H:%M}",
+            f"{place.last:%Y-%m-%d %H:%M}",
+            f"{place.process_seconds:.0f}",
+            place.versions,
+        )
+        for place in found
+    )
+    head = (
+        "machine",
+        "runs",
+        "processes × threads",
+        "first start, UTC",
+        "last end",
+        "process-seconds",
+        "versions",
+    )
+    total, cut_off = sum(place.process_seconds for place in found), sum(place.cut_off for place in found)
+    told = (
+        f"{sum(place.runs for place in found)} runs took {total:.0f} process-seconds, {total / 3600:.2f} hours, from "
+        "the beginning of each run's last start to its end, evaluation and saving included"
+    )
+    if cut_off:
+        told += f"; {cut_off} earlier starts of them were cut off, and their time is not counted"
+    return Section("Where it ran", (f"{told}.", Table(head, rows)))
+
+
+def _data(study: Study) -> Iterator[str]:
+    """The command that makes the data, where its index says that anyone can."""
+    train, split = study.cfg.data.train, study.cfg.data.split
+    if not isinstance(train, str):
+        return
+    try:
+        info = json.loads((Path(train) / "_info.json").read_text(encoding="utf-8"))
+        made = info["fractal"]
+        counts = {name: int(entry["num_samples"]) for name, entry in info["splits"].items()}
+        each = {"classes": made["classes"], "per_class": counts[split] // made["classes"]}
+        each["test_per_class"] = counts.get("test", 0) // made["classes"]
+    except (OSError, ValueError, KeyError, TypeError):  # no index here, or not of fractals
+        return
+    yield shlex.join(["vmamba", "shards", "fractal", train, *(f"{k}={v}" for k, v in (each | made).items())])
+
+
+def _ran_as(study: Study, own: str) -> str:
+    """The command that ran the study, as the sweep has it, with sweep.parallel; else one that would."""
+    try:
+        found = json.loads((Path(study.cfg.run.dir) / SWEEP).read_text(encoding="utf-8"))["command"]
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        found = ""
+    return str(found) or f"vmamba study run {own}"
+
+
 def _commands(study: Study, runs: Sequence[RunRecord], words: Sequence[str]) -> Section:
     own = shlex.join(words)
-    lines = [f"vmamba study {verb} {own}" for verb in ("plan", "run", "fit", "report") if verb in SUB_VERBS]
+    lines = [
+        *_data(study),
+        f"vmamba study plan {own}",
+        _ran_as(study, own),
+        f"vmamba study fit {own}",
+        f"vmamba study report {own}",
+    ]
     by_name = {r.name: r for r in runs}
     each = []
     for point in study.points:
         lr = by_name[point.name].lr
-        if point.phase == "grid" and lr is None:
-            continue  # never started: its learning rate is not known before the search has ended
+        if point.phase == "grid" and (lr is None or by_name[point.name].status == "foreign"):
+            continue  # never started as a run of this study: its learning rate is known when the search has ended
         more = [f"optim.lr={lr:.6g}"] if point.phase == "grid" else []
         started = by_name[point.name].branched_from and point.branch_from
         if started:

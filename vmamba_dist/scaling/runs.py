@@ -12,21 +12,25 @@ import json
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
-from vmamba_dist.config import Config, ConfigError, from_dict
+from vmamba_dist.cluster.status import stopped_for
+from vmamba_dist.config import Config, ConfigError, from_dict, to_dict, trajectory
+from vmamba_dist.core.rundir import last_attempt
 from vmamba_dist.models import flops
 from vmamba_dist.models.variants import configured, describe
-from vmamba_dist.scaling.study import Point, Study, classes_of
+from vmamba_dist.scaling.study import Choice, Point, Study, choose_lrs, classes_of
 
-Status = Literal["finished", "diverged", "failed", "unfinished", "missing"]
+Status = Literal["finished", "diverged", "failed", "unfinished", "missing", "foreign"]
+LRS = "lrs.json"  # in a study's folder
 _REQUEUE = 75  # the exit code of a run that was stopped, saved, and goes on by the same command
 REQUIRED = ("params", "samples", "loss")
 OPTIONAL = ("gmacs", "top1", "resolution", "width", "depth")
+FEW = 300  # samples a class, below which losses are of a transition
 _WARM = 5  # steps at a start whose pace is not the run's
 
 
@@ -43,6 +47,7 @@ class RunRecord:
     gmacs: float | None = None  # multiply-adds of a sample's forward, in 1e9
     top1: float | None = None  # %
     resolution: float | None = None  # px
+    classes: int | None = None
     width: float | None = None  # of the first stage
     depth: float | None = None  # blocks
     model: str = ""
@@ -68,12 +73,20 @@ class RunRecord:
 
 def read_study(study: Study) -> list[RunRecord]:
     """A record of every point of a study, the search's first; a point without a run directory is missing."""
-    root = Path(study.cfg.run.dir)
-    return [read_point(point, root) for point in study.points]
+    try:
+        chosen = recorded(study) if study.search else choose_lrs(study, {})
+    except ConfigError:  # of another search: whoever asks for the learning rates is told
+        chosen = None
+    grid = study.grid({label: choice.lr for label, choice in chosen.items()}) if chosen else study.planned
+    return [read_point(point, study.cfg) for point in (*study.search, *grid)]
 
 
-def read_point(point: Point, root: Path) -> RunRecord:
-    """The record of one point of a study below its folder."""
+def read_point(point: Point, study: Config) -> RunRecord:
+    """The record of one point below the folder of a study with this config.
+
+    A run directory that was trained with another config is foreign: it is no run of this study, whatever it came to.
+    """
+    root = Path(study.run.dir)
     path = root / point.name
     branch = point.branch_from
     end = _bad_end(root, point.name)
@@ -99,21 +112,82 @@ def read_point(point: Point, root: Path) -> RunRecord:
             **facts,
         )
     found = read_run(path)
+    changed = _changed(path, point, study)
+    if changed:
+        why = f"no run of this study, trained with another config: {'; '.join(changed)}"
+        return replace(found, name=point.name, status="foreign", why=why, phase=point.phase)
     first = _first_step(path)
     if branch is not None and first is not None and first == branch.step + 1:
         facts["branched_from"] = f"{branch.point} at step {branch.step}"
     if end and found.status == "unfinished":
         facts |= {"status": "failed", "why": f"{end}; {found.why}"}
-    return RunRecord(**(found.__dict__ | facts | {"name": point.name}))
+    return replace(found, name=point.name, **facts)
+
+
+def _changed(path: Path, point: Point, study: Config) -> list[str]:
+    """What decides training and differs between a run's config and its point's, as the sweep compares them."""
+    if study.run.allow_changes:
+        return []
+    planned = _planned(point, study)
+    was, now = trajectory(_config(path / "config.yaml")), trajectory(planned)
+    if not any(word.startswith("optim.lr=") for word in point.words):
+        was["optim.lr"] = now["optim.lr"]  # not chosen yet
+    return [
+        f"{key} was {was.get(key)!r}, now {now.get(key)!r}"
+        for key in sorted(was.keys() | now.keys())
+        if was.get(key) != now.get(key)
+    ]
+
+
+def _planned(point: Point, study: Config) -> Config:
+    """The config that a point's words make of a study's, as `load` would; its words are numbers, lists and names.
+
+    Without the reader of users' words, which takes ten times as long: a report reads hundreds of points.
+    """
+    plain = to_dict(study)
+    for word in point.words:
+        key, _, text = word.partition("=")
+        group, _, name = key.partition(".")
+        try:
+            plain[group][name] = json.loads(text)
+        except ValueError:
+            plain[group][name] = text
+    return from_dict(plain)
+
+
+def recorded(study: Study) -> dict[str, Choice] | None:
+    """Each rung's learning rate as the grid has it; None before it is chosen.
+
+    Raises ConfigError where the record is of another search.
+    """
+    file = Path(study.cfg.run.dir) / LRS
+    if not file.exists():
+        return None
+    record = json.loads(file.read_text())
+    found = {label: Choice(**choice) for label, choice in record["chosen"].items()}
+    if record["search"] != tried(study) or set(found) != {rung.label for rung in study.rungs}:
+        raise ConfigError(
+            f"{file} holds the learning rates of another search or ladder; take another run.dir, or remove the "
+            "file and the runs of the grid"
+        )
+    return found
+
+
+def tried(study: Study) -> list[str]:
+    """The names of the search's runs, by which a record of it is known."""
+    return sorted(point.name for point in study.search)
 
 
 def _bad_end(root: Path, name: str) -> str:
-    """How a point's last start ended, by the sweep's record of it; "" where it ended well or there is none."""
+    """How a point's last start ended: here by the sweep's record of it, on Slurm, where there is none, by its ledger.
+
+    "" where it ended well or nothing is known.
+    """
     try:
         end = json.loads((root / "points" / f"{name}.json").read_text(encoding="utf-8"))
         return "" if end["exit_code"] in (0, _REQUEUE) else f"exit code {end['exit_code']}: {end['reason']}"
     except FileNotFoundError:
-        return ""
+        return stopped_for(root / name, last_attempt(root / name))
     except (ValueError, KeyError, TypeError) as error:
         return f"the record of its last start cannot be read ({error!r})"
 
@@ -144,6 +218,7 @@ def read_run(path: Path) -> RunRecord:
         gmacs=flops.macs(variant, side, side, classes) / 1e9,
         top1=top1,
         resolution=float(side),
+        classes=classes,
         width=float(variant.dims[0]),
         depth=float(variant.num_blocks),
         model=describe(cfg.model),
@@ -202,8 +277,12 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 
 
 def _first_step(path: Path) -> int | None:
-    lines = _lines(path / "metrics.jsonl")
-    return int(lines[0]["step"]) if lines else None
+    try:
+        with (path / "metrics.jsonl").open("rb") as file:
+            line = file.readline()
+    except FileNotFoundError:
+        return None
+    return int(json.loads(line)["step"]) if line.endswith(b"\n") else None
 
 
 def _median(lines: Iterable[Mapping[str, Any]], key: str) -> float | None:

@@ -21,6 +21,7 @@ import torchvision
 import vmamba_dist
 from vmamba_dist.config.schema import Config
 from vmamba_dist.core.dist import World
+from vmamba_dist.core.machine import cores, processor
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +34,8 @@ class Environment:
     engine: str
     device: str
     machine: str  # the processor's kind
+    processor: str  # its model
+    cores: int  # of the machine
     threads: int  # of torch, a process
     micro_batch: int | None
     recompute: str
@@ -55,6 +58,8 @@ def describe_environment(cfg: Config, world: World) -> Environment:
         engine=cfg.parallel.engine,
         device=torch.cuda.get_device_name(world.device) if cuda else "cpu",
         machine=platform.machine(),
+        processor=processor(),
+        cores=cores(),
         threads=torch.get_num_threads(),
         micro_batch=cfg.parallel.micro_batch,
         recompute=cfg.parallel.recompute,
