@@ -2,8 +2,9 @@
 
 Law: a step takes as long as its slowest rank, so all see the same step time; what tells them apart is the time
 that each works on its own. That is from the step's begin to the last backward pass, where gradients begin to be
-summed. An engine whose forward pass gathers weights makes the fast ranks wait in there as well; then the time
-spent waiting for samples still tells, and a fixed product that each computes alone, once a window (probe.py).
+summed. An engine whose forward pass gathers weights, or whose every micro-batch is reduced, makes the fast ranks
+wait in there as well; then the time spent waiting for samples still tells, and a fixed product that each computes
+alone, once a window (probe.py).
 """
 
 from __future__ import annotations
