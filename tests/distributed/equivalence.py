@@ -35,7 +35,7 @@ TOLERANCE = 1e-5  # of a loss, in float32
 # product rounds. Measured over 20 steps at 1 to 4 ranks: 1.7e-3 to 2.9e-3, DDP and FSDP alike.
 BF16_TOLERANCE = 1e-2
 NORM_TOLERANCE = 1e-4  # of a gradient norm of about 3, in float32; measured: 3e-6
-BF16_NORM_TOLERANCE = 1e-1  # measured: 1.6e-2 to 3.1e-2
+BF16_NORM_TOLERANCE = 1e-1  # measured: 1.6e-2 to 3.3e-2
 # Of all averaged weights, against their norm. AdamW takes a gradient that is rounding alone for one of full size, so
 # single elements may be off.
 EMA_TOLERANCE = 1e-6  # measured: 1.5e-8, and 1.1e-4 where the average is a step late
