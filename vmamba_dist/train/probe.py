@@ -2,7 +2,7 @@
 
 Law: a fixed matrix product, of the run's device and precision, with no collective in it and no random number. Under
 an engine whose forward pass gathers weights all ranks take the same time for a step, and for each part of one that
-is long enough to time; this they do not. Timed once a window of steps: a GPU takes about a millisecond for it, a core
+is long enough to time; this they do not. Timed once a window of steps: a GPU needs about a millisecond for it, a core
 about ten. It sees what slows computing down, a hot GPU or another process on it; not a slow host beside a good GPU.
 """
 
