@@ -18,15 +18,20 @@ from torch import Tensor
 
 from distributed.equivalence import (
     BATCH,
+    BF16_EMA_TOLERANCE,
+    BF16_NORM_TOLERANCE,
     BF16_TOLERANCE,
+    EMA_TOLERANCE,
     NORM_TOLERANCE,
     TOLERANCE,
     Lines,
+    apart,
     by_engine,
     distance,
     engine_class,
     learned,
     stored,
+    whole,
 )
 from distributed.micro import metrics, train, words
 from distributed.world import world
@@ -51,6 +56,12 @@ def zero(stage: int) -> list[str]:
     return ["parallel.engine=deepspeed", f"parallel.zero_stage={stage}"]
 
 
+ENGINES = {
+    **{name: by_engine(name) for name in ("ddp", "fsdp", "hsdp")},
+    **{f"zero{stage}": zero(stage) for stage in STAGES},
+}
+
+
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("digits") / "set"
@@ -59,13 +70,23 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def alone(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Lines:
-    return learned(digits, tmp_path_factory.mktemp("alone") / "run", 1)
+def one(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What all are compared with: the run of one process, a step a micro-batch."""
+    run_dir = tmp_path_factory.mktemp("alone") / "run"
+    learned(digits, run_dir, 1)
+    return run_dir
 
 
 @pytest.fixture(scope="module")
-def alone_in_bf16(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Lines:
-    return learned(digits, tmp_path_factory.mktemp("alone") / "run", 1, BF16)
+def one_in_bf16(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run_dir = tmp_path_factory.mktemp("alone") / "run"
+    learned(digits, run_dir, 1, BF16)
+    return run_dir
+
+
+@pytest.fixture(scope="module")
+def alone(one: Path) -> Lines:
+    return metrics(one)
 
 
 # micro 16: a step is one micro-batch of each of two ranks; 4: it is four.
@@ -78,13 +99,15 @@ CELLS = [
 
 @pytest.mark.parametrize(("stage", "ranks", "micro"), CELLS)
 def test_zero_learns_what_one_process_learns(
-    stage: int, ranks: int, micro: int, digits: Path, alone: Lines, tmp_path: Path
+    stage: int, ranks: int, micro: int, digits: Path, one: Path, alone: Lines, tmp_path: Path
 ) -> None:
-    """Losses, those of the averaged weights among them, and norms; before clipping, and some are clipped."""
+    """Losses, those of the averaged weights among them, norms, before clipping, and some are clipped, and averages."""
     lines = learned(digits, tmp_path, ranks, *zero(stage), f"parallel.micro_batch={micro}")
     assert [line["samples"] for line in lines] == [line["samples"] for line in alone]
-    assert distance(alone, lines) <= TOLERANCE
-    assert distance(alone, lines, "grad_norm") <= NORM_TOLERANCE
+    found = apart(one, tmp_path)
+    assert found.loss <= TOLERANCE
+    assert found.norm <= NORM_TOLERANCE
+    assert found.ema <= EMA_TOLERANCE
 
 
 @pytest.mark.parametrize(
@@ -92,13 +115,16 @@ def test_zero_learns_what_one_process_learns(
     [(3, 16), *(pytest.param(s, m, marks=SLOW) for s, m in ((1, 16), (2, 16), (1, 4), (2, 4), (3, 4)))],
 )
 def test_zero_learns_in_bfloat16_what_one_process_learns(
-    stage: int, micro: int, digits: Path, alone_in_bf16: Lines, tmp_path: Path
+    stage: int, micro: int, digits: Path, one_in_bf16: Path, tmp_path: Path
 ) -> None:
-    """Measured: 1.2e-3 to 2.4e-3, and 1.7e-3 under DDP."""
+    """Measured: losses 1.2e-3 to 2.4e-3 apart, norms 1.9e-2 to 2.4e-2; the table is in docs/engines.md."""
     lines = learned(digits, tmp_path, 2, BF16, *zero(stage), f"parallel.micro_batch={micro}")
-    assert distance(alone_in_bf16, lines) <= BF16_TOLERANCE
+    found = apart(one_in_bf16, tmp_path)
+    assert found.loss <= BF16_TOLERANCE
+    assert found.norm <= BF16_NORM_TOLERANCE
+    assert found.ema <= BF16_EMA_TOLERANCE
     # The first forward has the same weights: only the order in which samples' losses are summed differs.
-    assert lines[0]["loss"] == pytest.approx(alone_in_bf16[0]["loss"], abs=1e-6)
+    assert lines[0]["loss"] == pytest.approx(metrics(one_in_bf16)[0]["loss"], abs=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -109,9 +135,23 @@ def test_zero_learns_in_bfloat16_what_one_process_learns(
         *(pytest.param(s, m, marks=SLOW) for s in STAGES for m in ("no_gradient_mean", "late_ema")),
     ],
 )
-def test_a_mutant_is_seen(stage: int, mutant: str, digits: Path, alone: Lines, tmp_path: Path) -> None:
-    lines = learned(digits, tmp_path, 2, *zero(stage), mutant=mutant, engine="deepspeed")
-    assert distance(alone, lines) > 10 * TOLERANCE
+def test_a_mutant_is_seen(stage: int, mutant: str, digits: Path, one: Path, tmp_path: Path) -> None:
+    learned(digits, tmp_path, 2, *zero(stage), mutant=mutant, engine="deepspeed")
+    found = apart(one, tmp_path)
+    assert found.loss > 10 * TOLERANCE
+    assert found.ema > 10 * EMA_TOLERANCE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_lost_carry_is_seen(stage: int, digits: Path, tmp_path: Path) -> None:
+    state, lost = "a_state_that_matters", "lost_carry_of_a_state_that_matters"
+    wide = "data.image_size=32"
+    one = learned(digits, tmp_path / "one", 1, wide, mutant=state)
+    two = learned(digits, tmp_path / "two", 2, wide, *zero(stage), mutant=state)
+    sick = learned(digits, tmp_path / "sick", 2, wide, *zero(stage), mutant=lost)
+    assert distance(one, two) <= TOLERANCE
+    assert distance(one, sick) > 10 * TOLERANCE
 
 
 @pytest.mark.slow
@@ -256,8 +296,9 @@ def one_step(engine: Any, step: int, rank: int, clip: float = 0.5, factor: float
 
 
 def fingerprints(tensors: dict[str, Tensor]) -> dict[str, str]:
+    """Of each tensor, a sharded one as a whole, which is a collective."""
     return {
-        name: hashlib.sha256(t.detach().cpu().contiguous().numpy().tobytes()).hexdigest()[:12]
+        name: hashlib.sha256(whole(t).contiguous().numpy().tobytes()).hexdigest()[:12]
         for name, t in tensors.items()
     }
 
@@ -445,14 +486,40 @@ def unbroken(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Lines:
 
 
 def test_a_run_goes_through_engines_and_worlds(digits: Path, unbroken: Lines, tmp_path: Path) -> None:
+    """FSDP2's shards become ZeRO's and back; a third of few rows is none for some."""
     journey = [
         (by_engine("ddp"), 1, 2),
         (zero(1), 2, 3),
-        (zero(3), 4, 4),
-        (zero(2), 3, 5),
-        (by_engine("ddp"), 2, 6),
+        (by_engine("fsdp"), 3, 4),
+        (zero(3), 4, 5),
+        (by_engine("hsdp"), 4, 6),
+        (zero(2), 3, 7),
+        (by_engine("ddp"), 2, 8),
     ]
     lines = travelled(digits, tmp_path, journey)
+    assert distance(unbroken[: len(lines)], [strip(line) for line in lines]) <= TOLERANCE
+
+
+@pytest.mark.slow
+def test_shards_go_through_zero_and_back(digits: Path, unbroken: Lines, tmp_path: Path) -> None:
+    """The other pairs, and ZeRO-1 with its partitions in another order."""
+    own = tmp_path / "own.json"
+    own.write_text(json.dumps({"zero_optimization": {"round_robin_gradients": True}}))
+    engines = [
+        (by_engine("fsdp"), 4),
+        (zero(3), 2),
+        (by_engine("fsdp"), 3),
+        ([*zero(1), f"parallel.deepspeed_config={own}"], 2),
+        (by_engine("hsdp"), 4),
+        (zero(2), 2),
+        (by_engine("fsdp"), 2),
+        (zero(2), 4),
+        (by_engine("fsdp"), 1),
+        (zero(1), 3),
+        (by_engine("hsdp"), 2),
+    ]
+    journey = [(more, ranks, steps) for steps, (more, ranks) in enumerate(engines, start=2)]
+    lines = travelled(digits, tmp_path / "run", journey)
     assert distance(unbroken[: len(lines)], [strip(line) for line in lines]) <= TOLERANCE
 
 
@@ -462,18 +529,26 @@ def strip(line: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("saved_on", [4, 2, 1])
-def test_what_a_stage_saved_goes_on_anywhere(
-    stage: int, saved_on: int, digits: Path, unbroken: Lines, tmp_path: Path
+@pytest.mark.parametrize(
+    ("engine", "saved_on"),
+    [
+        *(("ddp", 4), ("ddp", 2), ("ddp", 1)),
+        *(("fsdp", 2), ("fsdp", 1), ("hsdp", 2)),  # saved on 4: in test_equivalence.py
+        *((f"zero{stage}", ranks) for stage in STAGES for ranks in (4, 2, 1)),
+    ],
+)
+def test_what_an_engine_saved_goes_on_anywhere(
+    engine: str, saved_on: int, digits: Path, unbroken: Lines, tmp_path: Path
 ) -> None:
     """Five steps more on each number of ranks, by one engine after the other, and back in between."""
-    engines = [by_engine("ddp"), *map(zero, STAGES)]
-    journey = [(zero(stage), saved_on, 2)]
+    own = ["parallel.engine=fsdp", "parallel.shard_size=1"] if engine == "hsdp" else ENGINES[engine]
+    others = [name for name in ENGINES if name not in (engine, "hsdp")]
+    journey = [(own, saved_on, 2)]
     for ranks in (1, 2, 3, 4):
         steps = journey[-1][2]
-        journey.append((engines[(ranks + stage + saved_on) % 4], ranks, steps + 5))
-        journey.append((zero(stage), saved_on, steps + 6))
+        other = others[(ranks + saved_on) % len(others)]
+        journey.append((ENGINES[other], ranks, steps + 5))
+        journey.append((own, saved_on, steps + 6))
     lines = travelled(digits, tmp_path, journey)
     assert distance(unbroken[: len(lines)], [strip(line) for line in lines]) <= TOLERANCE
 

@@ -10,12 +10,15 @@ import pytest
 
 from distributed.equivalence import (
     BATCH,
+    BF16_EMA_TOLERANCE,
     BF16_NORM_TOLERANCE,
     BF16_TOLERANCE,
+    EMA_TOLERANCE,
     NORM_TOLERANCE,
     STEPS,
     TOLERANCE,
     Lines,
+    apart,
     by_engine,
     distance,
     learned,
@@ -38,13 +41,28 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def alone(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Lines:
-    return learned(digits, tmp_path_factory.mktemp("alone") / "run", 1)
+def one(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What all are compared with: the run of one process, a step a micro-batch."""
+    run_dir = tmp_path_factory.mktemp("alone") / "run"
+    learned(digits, run_dir, 1)
+    return run_dir
 
 
 @pytest.fixture(scope="module")
-def alone_in_bf16(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Lines:
-    return learned(digits, tmp_path_factory.mktemp("alone") / "run", 1, BF16)
+def one_in_bf16(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run_dir = tmp_path_factory.mktemp("alone") / "run"
+    learned(digits, run_dir, 1, BF16)
+    return run_dir
+
+
+@pytest.fixture(scope="module")
+def alone(one: Path) -> Lines:
+    return metrics(one)
+
+
+@pytest.fixture(scope="module")
+def alone_in_bf16(one_in_bf16: Path) -> Lines:
+    return metrics(one_in_bf16)
 
 
 def test_the_run_learns_and_mixes(alone: Lines, alone_in_bf16: Lines) -> None:
@@ -72,15 +90,18 @@ CELLS = [
 
 @pytest.mark.parametrize(("engine", "ranks", "micro"), CELLS)
 def test_all_learn_what_one_process_learns(
-    engine: str, ranks: int, micro: int, digits: Path, alone: Lines, tmp_path: Path
+    engine: str, ranks: int, micro: int, digits: Path, one: Path, alone: Lines, tmp_path: Path
 ) -> None:
     lines = learned(digits, tmp_path, ranks, *by_engine(engine), f"parallel.micro_batch={micro}")
     assert [line["samples"] for line in lines] == [line["samples"] for line in alone]
-    assert distance(alone, lines) <= TOLERANCE
-    assert distance(alone, lines, "grad_norm") <= NORM_TOLERANCE
+    found = apart(one, tmp_path)
+    assert found.loss <= TOLERANCE
+    assert found.norm <= NORM_TOLERANCE
+    assert found.ema <= EMA_TOLERANCE
 
 
 CELLS_IN_BF16 = [
+    pytest.param("ddp", 1, 8),
     pytest.param("ddp", 2, 16),
     pytest.param("ddp", 4, 4, marks=SLOW),
     pytest.param("fsdp", 4, 8, marks=SLOW),
@@ -92,11 +113,13 @@ CELLS_IN_BF16 = [
 
 @pytest.mark.parametrize(("engine", "ranks", "micro"), CELLS_IN_BF16)
 def test_all_learn_in_bfloat16_what_one_process_learns(
-    engine: str, ranks: int, micro: int, digits: Path, alone_in_bf16: Lines, tmp_path: Path
+    engine: str, ranks: int, micro: int, digits: Path, one_in_bf16: Path, alone_in_bf16: Lines, tmp_path: Path
 ) -> None:
     lines = learned(digits, tmp_path, ranks, BF16, *by_engine(engine), f"parallel.micro_batch={micro}")
-    assert distance(alone_in_bf16, lines) <= BF16_TOLERANCE
-    assert distance(alone_in_bf16, lines, "grad_norm") <= BF16_NORM_TOLERANCE
+    found = apart(one_in_bf16, tmp_path)
+    assert found.loss <= BF16_TOLERANCE
+    assert found.norm <= BF16_NORM_TOLERANCE
+    assert found.ema <= BF16_EMA_TOLERANCE
     # The first forward has the same weights: only the order in which samples' losses are summed differs.
     assert lines[0]["loss"] == pytest.approx(alone_in_bf16[0]["loss"], abs=1e-6)
 
@@ -131,12 +154,24 @@ def test_compiled_blocks_learn_what_eager_ones_learn(
         ("ddp", "no_clip"),
         ("ddp", "late_ema"),
         ("fsdp", "whole_gradients_unreduced"),
+        ("hsdp", "copies_unreduced"),
         *(pytest.param("fsdp", m, marks=SLOW) for m in ("no_gradient_mean", "no_clip", "late_ema")),
+        *(pytest.param("hsdp", m, marks=SLOW) for m in ("no_gradient_mean", "copies_counted_twice")),
     ],
 )
-def test_a_mutant_is_seen(engine: str, mutant: str, digits: Path, alone: Lines, tmp_path: Path) -> None:
-    lines = learned(digits, tmp_path, 2, *by_engine(engine), mutant=mutant, engine=engine)
-    assert distance(alone, lines) > 10 * TOLERANCE
+def test_a_mutant_is_seen(engine: str, mutant: str, digits: Path, one: Path, tmp_path: Path) -> None:
+    ranks = 4 if engine == "hsdp" else 2
+    learned(
+        digits,
+        tmp_path,
+        ranks,
+        *by_engine(engine),
+        mutant=mutant,
+        engine="ddp" if engine == "ddp" else "fsdp",
+    )
+    found = apart(one, tmp_path)
+    assert found.loss > 10 * TOLERANCE
+    assert found.ema > 10 * EMA_TOLERANCE
 
 
 @pytest.mark.parametrize("engine", ["ddp", pytest.param("fsdp", marks=SLOW)])

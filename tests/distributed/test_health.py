@@ -6,6 +6,8 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -298,6 +300,49 @@ def test_a_slow_rank_is_named_with_its_host(where: str, engine: str, digits: Pat
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     # A busy machine may delay the other rank in some step.
     assert sum(line["slowest_rank"] == 1 and line["behind"] > 0.2 for line in lines[2:]) >= 5
+
+
+@contextmanager
+def crowded(rank: int, others: int) -> Iterator[None]:
+    """Each rank on a core of its own, one of them with other processes that never rest."""
+    own, cores = int(os.environ["RANK"]), sorted(os.sched_getaffinity(0))
+    busy: list[subprocess.Popen[bytes]] = []
+    os.sched_setaffinity(0, {cores[own]})  # of this thread and what it starts
+    try:
+        if own == rank:
+            busy = [subprocess.Popen([sys.executable, "-c", BUSY]) for _ in range(others)]
+        yield
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()
+        os.sched_setaffinity(0, set(cores))
+
+
+BUSY = "import os\nparent = os.getppid()\nwhile os.getppid() == parent: pass"
+
+
+def train_in_a_crowd(args: list[str], rank: int) -> str:
+    from vmamba_dist.train import pace
+
+    with crowded(rank, others=3), patch.object(pace, "QUIET_S", 0.0):
+        return train(args)
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores")
+@pytest.mark.parametrize("engine", ["fsdp", pytest.param("zero-3", marks=pytest.mark.slow)])
+def test_a_slow_device_is_named_where_the_forward_gathers(engine: str, digits: Path, tmp_path: Path) -> None:
+    """Steps take all ranks the same time there, and each part of them; a product that each computes alone does not."""
+    if engine.startswith("zero"):
+        pytest.importorskip("deepspeed", reason="parallel.engine=deepspeed needs it")
+    more = ("run.max_steps=16", "telemetry.log_every_steps=2", *ENGINES[engine])
+    assert world(2).run(train_in_a_crowd, short(digits, tmp_path, *more), 1, timeout_s=200) == ["paused"] * 2
+    log = (tmp_path / "train.log").read_text()
+    found = re.findall(
+        r"W rank 1 on \S+ is \d+% behind .*, and ([\d.]+) s for a fixed product against ([\d.]+) s; the", log
+    )
+    # In some windows it waits for samples as well, or has a core's whole slice for the product.
+    assert any(float(own) > 1.2 * float(usual) for own, usual in found), log
 
 
 def all_reduce_alone() -> bool:

@@ -37,6 +37,7 @@ from vmamba_dist.train.health import (
 )
 from vmamba_dist.train.meter import MetricsLog, Report
 from vmamba_dist.train.pace import Pace, slowest
+from vmamba_dist.train.probe import Probe
 from vmamba_dist.train.progress import Progress
 from vmamba_dist.train.record import Record, Writers
 from vmamba_dist.train.watch import EXIT_CODE, MissingRanksError, Watch
@@ -62,6 +63,7 @@ def report(step: int, loss: float = 1.0, **fields: Any) -> Report:
         samples_per_s=1.0,
         waits=(0.0,),
         own=(1.0,),
+        product=(0.0,),
     )
     return dataclasses.replace(plain, **fields)
 
@@ -272,6 +274,43 @@ def test_a_slow_rank_is_named_with_its_host_and_not_too_often(caplog: pytest.Log
         pace.note(report(step, own=own, waits=(0.0, 0.0, 0.2)))
     assert len(caplog.records) == 1  # nothing about rank 1, whose first step was slow
     assert "rank 2 on c is 25% behind the median rank over the last 4 steps" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("timings", "named"),
+    [
+        ([(0.010, 0.010, 0.014)] * 4, True),
+        ([(0.010, 0.010, 0.014), (0.010, 0.010, 0.010)] * 2, False),  # off once, as anything may be
+        ([(0.010, 0.010, 0.014)], False),  # nothing to compare it with yet
+        ([], False),
+    ],
+)
+def test_a_rank_is_named_for_the_product_where_steps_are_levelled(
+    timings: list[tuple[float, ...]], named: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Under FSDP all ranks' own times are the same, as the fast ones wait in the forward."""
+    pace = Pace(["a", "b", "c"], every=4)
+    caplog.set_level(logging.WARNING)
+    timed = dict(zip(range(4, 100, 4), timings, strict=False))
+    for step in range(1, 30):
+        product = timed.get(step, (0.0, 0.0, 0.0))
+        pace.note(report(step, own=(1.0, 1.0, 1.0), waits=(0.0, 0.0, 0.0), product=product))
+    assert len(caplog.records) == named
+    if named:
+        assert "rank 2 on c is 40% behind the median rank over the last 4 steps" in caplog.text
+        assert ", and 0.014 s for a fixed product against 0.01 s; the others wait for it" in caplog.text
+
+
+def test_the_probe_is_timed_at_its_steps_and_read_once() -> None:
+    probe = Probe(CPU, torch.float32, every=3)
+    state = torch.get_rng_state()
+    told = []
+    for step in range(1, 8):
+        probe.run(step)
+        told.append(probe.read() > 0)
+    assert told == [step % 3 == 0 for step in range(1, 8)]
+    assert probe.read() == 0
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_progress_counts_marks_and_measures_a_ranks_own_time() -> None:

@@ -107,6 +107,7 @@ def report(step: int, **fields: Any) -> Report:
         samples_per_s=1.0,
         waits=(0.0,),
         own=(1.0,),
+        product=(0.0,),
     )
     return replace(plain, **fields)
 

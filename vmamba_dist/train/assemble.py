@@ -45,6 +45,7 @@ from vmamba_dist.train.feed import Feed
 from vmamba_dist.train.health import autopsy
 from vmamba_dist.train.meter import Meter, MetricsLog, memory_gib, peak_tflops
 from vmamba_dist.train.pace import Pace
+from vmamba_dist.train.probe import Probe
 from vmamba_dist.train.progress import Progress
 from vmamba_dist.train.record import Record, Writers
 from vmamba_dist.train.run import Every, Origin, Run, best_metric
@@ -111,7 +112,11 @@ def assembled(cfg: Config, sources: Sources, world: World, stop: StopRequest) ->
 
         total_steps = schedule.total_samples // cfg.data.global_batch
         state.align(cfg.data.global_batch, steps_per_epoch)
-        pace = Pace(gather(socket.gethostname()), cfg.telemetry.log_every_steps) if world.size > 1 else None
+        pace = probe = None
+        if world.size > 1:
+            pace = Pace(gather(socket.gethostname()), cfg.telemetry.log_every_steps)
+            compute = compute_dtype(cfg.precision.compute)
+            probe = Probe(world.device, compute, cfg.telemetry.log_every_steps)
         writers = _writers(cfg, run_dir, state, total_steps, pace, closing) if world.is_main else None
         bad_log = BadLog(run_dir.bad)
         stream = TrainStream(
@@ -162,7 +167,7 @@ def assembled(cfg: Config, sources: Sources, world: World, stop: StopRequest) ->
             progress=progress,
             feed=feed,
             schedule=schedule,
-            meter=Meter(world, progress),
+            meter=Meter(world, progress, probe),
             record=record,
             stop=stop,
             evaluator=build_evaluator(cfg, sources.evaluation, sources.num_classes, world, progress),

@@ -23,8 +23,12 @@ class Ema:
     def __init__(self, engine: Engine, cfg: EmaConfig) -> None:
         self._cfg = cfg
         self._engine = engine
-        self._live = engine.weights()
-        self._mean = {name: t.detach().clone() for name, t in self._live.items()}
+        live = engine.weights()
+        self._mean = {name: t.detach().clone() for name, t in live.items()}
+        # Views of both, made once: engines and checkpoints fill tensors where they are, and a view of each at each step
+        # would cost more than the average itself.
+        self._own_live = [local(t) for t in live.values()]
+        self._own_mean = [local(t) for t in self._mean.values()]
 
     def decay(self, step: int) -> float:
         """The decay of step `step` (from 1): min(decay, (1 + t) / (10 + t)) with warm-up."""
@@ -35,9 +39,7 @@ class Ema:
     @torch.no_grad()
     def update(self, step: int) -> None:
         """mean ← mean + (1 − decay)(weights − mean)."""
-        mean = [local(t) for t in self._mean.values()]
-        live = [local(t) for t in self._live.values()]
-        torch._foreach_lerp_(mean, live, 1 - self.decay(step))
+        torch._foreach_lerp_(self._own_mean, self._own_live, 1 - self.decay(step))
 
     def state(self) -> dict[str, Tensor]:
         """The averages by canonical name, ema.<name>, as a checkpoint stores them. A collective."""
@@ -60,8 +62,7 @@ class Ema:
     @torch.no_grad()
     def _swap(self) -> None:
         # Values and not storage: an engine keeps views of its weights. One tensor at a time, so one copy is extra.
-        for name, live in self._live.items():
-            here, there = local(live), local(self._mean[name])
+        for here, there in zip(self._own_live, self._own_mean, strict=True):
             before = here.clone()
             here.copy_(there)
             there.copy_(before)

@@ -22,6 +22,7 @@ from vmamba_dist.core.dist import World
 from vmamba_dist.core.gpus import peak_tflops_of
 from vmamba_dist.core.rundir import sync_directory
 from vmamba_dist.parallel.engine import Update
+from vmamba_dist.train.probe import Probe
 from vmamba_dist.train.progress import Progress
 
 
@@ -45,6 +46,7 @@ class Report:
     samples_per_s: float
     waits: tuple[float, ...]  # seconds that each rank waited for samples
     own: tuple[float, ...]  # seconds that each rank worked on its own in the step before; 0 where unknown
+    product: tuple[float, ...]  # seconds that each rank took for the probe's product; 0 where none was timed
 
 
 @dataclass
@@ -65,9 +67,10 @@ class _Pending:
 class Meter:
     """Collects a step's numbers and gives back the ones of the step before."""
 
-    def __init__(self, world: World, progress: Progress) -> None:
+    def __init__(self, world: World, progress: Progress, probe: Probe | None) -> None:
         self._world = world
         self._progress = progress
+        self._probe = probe
         self._pending: _Pending | None = None
         self._last = time.perf_counter()
 
@@ -98,10 +101,15 @@ class Meter:
         rank, size, device = self._world.rank, self._world.size, self._world.device
         loss = torch.stack(losses).double().mean()
         host = torch.zeros(
-            2 + 2 * size, dtype=torch.float64
+            2 + 3 * size, dtype=torch.float64
         )  # a sum in which each rank has places of its own
         host[0], host[1] = bad, stop
         host[2 + rank], host[2 + size + rank] = waited, self._progress.own_time()
+        if self._probe is not None:
+            host[2 + 2 * size + rank] = (
+                self._probe.read()
+            )  # as the step before, it has ended: its loss was read
+            self._probe.run(step)
         sums = torch.cat([loss.reshape(1), host.to(device, non_blocking=True)])
         work = dist.all_reduce(sums, async_op=True) if dist.is_initialized() else None
         self._pending = _Pending(
@@ -119,7 +127,7 @@ class Meter:
             p.work.wait()
         size = self._world.size
         loss, bad, stop, *times = p.sums.tolist()
-        waits, own = tuple(times[:size]), tuple(times[size:])
+        waits, own, product = (tuple(times[i * size : (i + 1) * size]) for i in range(3))
         return Report(
             step=p.step,
             data_step=p.data_step,
@@ -137,6 +145,7 @@ class Meter:
             samples_per_s=p.batch / p.step_time,
             waits=waits,
             own=own,
+            product=product,
         )
 
 

@@ -14,7 +14,7 @@ from typing import TypeVar
 import torch
 
 T = TypeVar("T")
-_Stamp = float | torch.cuda.Event
+Stamp = float | torch.cuda.Event
 
 
 @dataclass(frozen=True)
@@ -32,15 +32,15 @@ class Progress:
 
     def __init__(self, device: torch.device) -> None:
         self.place = Place(0, 0, "loading", time.monotonic())
-        self._on_gpu = device.type == "cuda"
-        self._begun: _Stamp = 0.0
-        self._alone: tuple[_Stamp, _Stamp] | None = None  # begin and end of this rank's own part of a step
-        self._before: tuple[_Stamp, _Stamp] | None = None
+        self._device = device
+        self._begun: Stamp = 0.0
+        self._alone: tuple[Stamp, Stamp] | None = None  # begin and end of this rank's own part of a step
+        self._before: tuple[Stamp, Stamp] | None = None
 
     def begin(self, step: int) -> None:
         """A step begins; up to its last backward pass a rank works on its own."""
         self.at("data", step)
-        self._begun = self._stamp()
+        self._begun = stamp(self._device)
 
     def at(self, phase: str, step: int | None = None) -> None:
         """A phase begins, of the step that has begun or of `step`."""
@@ -48,7 +48,7 @@ class Progress:
         # One assignment: a thread that reads sees all of this mark or all of the one before.
         self.place = Place(last.count + 1, last.step if step is None else step, phase, time.monotonic())
         if phase == "backward":
-            self._alone = self._begun, self._stamp()
+            self._alone = self._begun, stamp(self._device)
 
     def through(self, items: Iterable[T], phase: str) -> Iterator[T]:
         """Pass items on, with a mark for each."""
@@ -62,17 +62,20 @@ class Progress:
         Once a step. The step before has ended on the device too wherever its loss has been read.
         """
         before, self._before, self._alone = self._before, self._alone, None
-        return 0.0 if before is None else _seconds(*before)
-
-    def _stamp(self) -> _Stamp:
-        if not self._on_gpu:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        event.record()
-        return event
+        return 0.0 if before is None else seconds(*before)
 
 
-def _seconds(start: _Stamp, end: _Stamp) -> float:
+def stamp(device: torch.device) -> Stamp:
+    """Now: for a GPU, where the work that it has been given so far will end."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    event.record()
+    return event
+
+
+def seconds(start: Stamp, end: Stamp) -> float:
+    """From one to the other, both reached on the device."""
     if isinstance(start, float) or isinstance(end, float):
         return float(end) - float(start)  # type: ignore[arg-type]
     return float(start.elapsed_time(end)) / 1000
