@@ -294,10 +294,10 @@ def test_without_async_save_no_copy_is_made(tmp_path: Path) -> None:
 
 
 @contextmanager
-def small_file_system(place: Path) -> Iterator[None]:
-    """A file system of 1 MiB at a new folder; root alone can mount one."""
+def small_file_system(place: Path, size: str = "1m") -> Iterator[None]:
+    """A file system of 1 MiB, or `size`, at a new folder; root alone can mount one."""
     place.mkdir(parents=True)
-    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(place)]
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(place)]
     if os.geteuid() != 0 or subprocess.run(command, capture_output=True, timeout=20).returncode:
         pytest.skip("only root may mount a small file system")
     try:

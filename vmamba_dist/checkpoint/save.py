@@ -103,13 +103,21 @@ class Checkpoints:
         self._all: list[Chunk] = []  # every chunk there is
         self._picks: list[int] = []  # which of its own this rank writes
 
-    def save(self, tensors: Mapping[str, Tensor], meta: Meta, *, wait: bool = True) -> Path:
+    def save(
+        self,
+        tensors: Mapping[str, Tensor],
+        meta: Meta,
+        *,
+        wait: bool = True,
+        before: Callable[[], None] = lambda: None,
+    ) -> Path:
         """Save the tensors as they are now as the checkpoint of meta.step; return its path.
 
         Returns once they are copied, and writes on while they may change; with `wait`, or without
         checkpoint.async_save, once all is written. A save in flight is waited for first. Tensors that several
         ranks have are written once, spread over them; DTensors by their owners; a tensor may also be with some
-        ranks only. A whole checkpoint of that step is replaced.
+        ranks only. A whole checkpoint of that step is replaced. Each rank calls `before` first: what must be on the
+        disk before the checkpoint is; an OSError there is a failure of this save.
 
         A failure leaves the earlier checkpoints as they are and no step-N.tmp. It is logged and counted; with
         `wait` it raises CheckpointError on all ranks, naming rank, path and cause, else at the
@@ -119,8 +127,14 @@ class Checkpoints:
         if not wait:  # the last save of a run is worth another try
             self._check_failures()
         final = store.directory(self.run.checkpoints, meta.step)
+
+        def begin() -> None:
+            if self.world.is_main:
+                self.run.check_attempt()
+            before()
+
         try:
-            self._on_main(f"begin {final}", self.run.check_attempt)
+            _together(self.world, f"begin {final}", begin)
             self._start(tensors, meta, final, wait=wait)
         except CheckpointError as error:
             self._failed(meta.step, error)

@@ -129,16 +129,21 @@ class Watch:
             path.unlink()
 
     def _run(self) -> None:
-        try:
-            while not self._closing.wait(self._pause_s):
+        failing = False
+        while not self._closing.wait(self._pause_s):
+            try:
                 self._turn()
-        except OSError as error:
-            log.error(
-                "rank %d: the heartbeat in %s failed, so nobody sees whether it lives: %s",
-                self._world.rank,
-                self._folder,
-                error,
-            )
+                failing = False
+            except OSError as error:
+                self._seen.clear()  # who cannot beat judges nobody: the others' beats may fail likewise
+                if not failing:
+                    log.error(
+                        "rank %d: the heartbeat in %s failed, so nobody sees whether it lives until one succeeds: %s",
+                        self._world.rank,
+                        self._folder,
+                        error,
+                    )
+                failing = True
 
     def _turn(self) -> None:
         place = self._progress.place
@@ -233,6 +238,8 @@ class Watch:
                 file.write(missing)
         except FileExistsError:
             return verdict.read_text(encoding="utf-8") or missing
+        except OSError as error:  # no room: told twice is better than not at all
+            log.error("%s cannot be written: %s", verdict, error)
         log.error("%s", missing)
         return missing
 
