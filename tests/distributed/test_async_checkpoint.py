@@ -3,12 +3,15 @@
 import errno
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -34,13 +37,13 @@ pytestmark = pytest.mark.distributed
 
 
 @contextmanager
-def joined(path: Path, **options: object) -> Iterator[Checkpoints]:
+def joined(path: Path, *, timeout_s: float = 30, **options: object) -> Iterator[Checkpoints]:
     """The checkpoints of a run directory, for all ranks; closed as a run closes them."""
     with core.world("cpu") as place:
         run = RunDir.acquire(path, wait_s=5) if place.is_main else None
         run = run or RunDir.attach(path, 1)
         run.attempt = core.from_main(run.attempt)
-        checkpoints = Checkpoints(run, CheckpointConfig(**options), place, timeout_s=30)  # type: ignore[arg-type]
+        checkpoints = Checkpoints(run, CheckpointConfig(**options), place, timeout_s=timeout_s)  # type: ignore[arg-type]
         try:
             yield checkpoints
         finally:
@@ -559,6 +562,94 @@ def test_a_defect_in_the_background_is_not_taken_for_a_full_disk(tmp_path: Path)
         finally:
             store.describe = describe
         assert kept.failures == 0
+
+
+@contextmanager
+def slow(at: str, seconds: float, rank: int) -> Iterator[None]:
+    """One rank takes so long for a function of the store."""
+    function = getattr(store, at)
+
+    def slowly(*args: Path) -> object:
+        if core.rank_and_size()[0] == rank:
+            time.sleep(seconds)
+        return function(*args)
+
+    setattr(store, at, slowly)
+    try:
+        yield
+    finally:
+        setattr(store, at, function)
+
+
+def save_slowly(
+    path: Path, at: str, seconds: float, rank: int, wait: bool
+) -> tuple[list[int], list[str], str]:
+    """(failures after the saves, what was logged, the error of the slow save where it was waited for)."""
+    logged, handler = messages_of("vmamba_dist")
+    failures = []
+    raised = ""
+    with joined(path, timeout_s=3, keep=5) as kept:
+        kept.save(values(1), meta(1, kept.world.size))
+        # What training itself waits for has the same limit.
+        dist.set_timeout(timedelta(seconds=3), dist.group.WORLD)
+        with slow(at, seconds, rank):
+            try:
+                kept.save(values(2), meta(2, kept.world.size), wait=wait)
+                kept.drain()
+            except CheckpointError as error:
+                raised = str(error)
+            failures.append(kept.failures)
+        for step in (3, 4):
+            kept.save(values(step), meta(step, kept.world.size), wait=False)
+            kept.drain()
+            failures.append(kept.failures)
+    logging.getLogger("vmamba_dist").removeHandler(handler)
+    return failures, logged, raised
+
+
+@pytest.mark.parametrize(
+    ("at", "rank", "wait"), [("describe", 2, False), ("describe", 0, True), ("publish", 0, False)]
+)
+def test_a_save_slower_than_the_limit_is_a_counted_failure_that_names_the_slow_rank(
+    tmp_path: Path, at: str, rank: int, wait: bool
+) -> None:
+    """gloo's error used to end the run, uncounted and without a name, and no later save had a group to talk in."""
+    results = world(3).run(save_slowly, tmp_path, at, 4.5, rank, wait)
+    for failures, _, raised in results:
+        assert failures == [1, 0, 0]
+        assert bool(raised) == wait
+        assert raised in results[0][1][-1]
+    told = results[0][1]
+    assert [line.split(":")[0] for line in told][-1].startswith("step 2 was not saved (failure 1 in a row")
+    assert re.search(
+        rf": rank {rank} took [4-6](\.\d+)? s to (write|publish) {tmp_path}/checkpoints/\S+, "
+        r"and the others wait no longer than parallel.timeout_s=3: look at the storage there",
+        told[-1],
+    )
+    assert results[1][1] == []
+    assert names(tmp_path) - {"step-000000002"} == {"step-000000001", "step-000000003", "step-000000004"}
+    assert not (tmp_path / "checkpoints" / "step-000000002").exists() or at == "publish"
+
+
+def save_and_never_come(path: Path) -> str:
+    """A rank whose storage hangs for longer than anybody waits."""
+    with joined(path, timeout_s=1) as kept, slow("describe", 6, 1):
+        kept.save(values(1), meta(1, kept.world.size), wait=False)
+        try:
+            kept.save(values(2), meta(2, kept.world.size), wait=False)
+        except CheckpointError as error:
+            return str(error)
+    return ""
+
+
+def test_a_rank_that_never_ends_its_part_ends_the_run_and_is_named(tmp_path: Path) -> None:
+    told = world(3).run(save_and_never_come, tmp_path)
+    assert len(set(told)) == 1
+    assert re.match(
+        rf"rank 1 is still at work on {tmp_path}/checkpoints/step-000000001, [\d.]+ s after others gave up",
+        told[0],
+    )
+    assert "raise parallel.timeout_s=1" in told[0]
 
 
 # Kills

@@ -143,7 +143,7 @@ def test_what_a_failed_fsync_dropped_is_written_again(tmp_path: Path) -> None:
 
 
 def bad(position: int) -> BadSample:
-    return BadSample(0, position, "shard", position, f"key-{position}", "torn", 1, "other")
+    return BadSample(0, position, "shard", position, f"key-{position}", "torn", "other", 1)
 
 
 def test_choices_wait_for_room_and_stand_once(tmp_path: Path) -> None:

@@ -24,9 +24,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch.distributed as dist
-
-from vmamba_dist.core.dist import World
+from vmamba_dist.core.dist import World, is_of_a_collective
 from vmamba_dist.train.progress import Place, Progress
 
 log = logging.getLogger(__name__)
@@ -245,8 +243,3 @@ class Watch:
 
     def _path(self, rank: int) -> Path:
         return self._folder / f"rank-{rank:05d}.json"
-
-
-def is_of_a_collective(error: Exception) -> bool:
-    """True for what c10d raises; gloo's errors are plain RuntimeErrors that name its source files."""
-    return isinstance(error, dist.DistError) or "gloo" in str(error).lower()
