@@ -9,10 +9,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -27,6 +28,7 @@ from distributed.test_checkpoint import meta, poisoned, same_bits, values
 from distributed.world import ROOT, WorldError, world
 from shardsets import make_set
 from vmamba_dist.checkpoint import store
+from vmamba_dist.checkpoint.chunks import Part, Staging
 from vmamba_dist.checkpoint.save import Checkpoints
 from vmamba_dist.checkpoint.store import CheckpointError
 from vmamba_dist.config.schema import CheckpointConfig
@@ -293,6 +295,42 @@ def test_without_async_save_no_copy_is_made(tmp_path: Path) -> None:
     assert load_newest(tmp_path) == (1, True)
 
 
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_set(tmp_path_factory.mktemp("images") / "set", count=64)
+
+
+def train_and_note_memory(args: list[str]) -> list[int]:
+    """The bytes that were there for copies when each copy began, and at the end of training."""
+    noted = []
+    copy, close = Staging.copy, Checkpoints.close
+
+    def noting_copy(self: Staging, parts: Sequence[Part]) -> list[Part]:
+        noted.append(self.nbytes)
+        return copy(self, parts)
+
+    def noting_close(self: Checkpoints) -> None:
+        noted.append(self._staging.nbytes)
+        close(self)
+
+    with patch.object(Staging, "copy", noting_copy), patch.object(Checkpoints, "close", noting_close):
+        train(args)
+    return noted
+
+
+def test_training_begins_with_the_memory_for_copies_where_it_will_copy(tmp_path: Path, images: Path) -> None:
+    """Nothing called `reserve`, so the first save halted training for as long as the system took to find memory."""
+    fields = ["data.global_batch=4", "eval.split=train", "eval.every_epochs=0", "schedule.epochs=1"]
+    end = "run.max_steps=8"
+    saving = train_and_note_memory(words(images, tmp_path / "saving", *fields, end))
+    assert len(saving) == 2  # step 4's, and the end
+    assert saving[0] > 0
+    assert saving[0] == saving[1]
+    others = ("checkpoint.every_steps=8", "checkpoint.async_save=false")
+    for number, other in enumerate(others):
+        assert train_and_note_memory(words(images, tmp_path / str(number), *fields, end, other)) == [0]
+
+
 # What goes wrong
 
 
@@ -393,11 +431,6 @@ def test_a_full_disk_stops_the_save_and_nothing_else_until_too_many(small_disk: 
     ]
     assert results[1][1] == []  # said once, by rank 0
     assert names(small_disk / "run") == {f"step-{step:09d}" for step in (1, 4, 9)}
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_set(tmp_path_factory.mktemp("images") / "set", count=64)
 
 
 @pytest.mark.parametrize(

@@ -175,7 +175,11 @@ class Checkpoints:
         """
         if self.cfg.async_save:
             self.drain()
-            self._staging.reserve([chunk for chunk, _ in self._mine(tensors)])
+            chunks = [chunk for chunk, _ in self._mine(tensors)]
+            try:
+                self._staging.reserve(chunks)
+            except OSError as error:  # a save tries again, and counts
+                _log.warning("no memory for copies of checkpoints yet: %s", _told(error))
 
     def drain(self) -> None:
         """Wait for the save in flight; nothing happens where there is none.

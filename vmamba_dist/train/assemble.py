@@ -155,7 +155,7 @@ def assembled(cfg: Config, sources: Sources, world: World, stop: StopRequest) ->
             max_bad_fraction=cfg.data.max_bad_fraction,
             epoch_samples=sources.train.num_samples,
         )
-        yield Run(
+        run = Run(
             state=state,
             engine=engine,
             ema=ema,
@@ -189,6 +189,9 @@ def assembled(cfg: Config, sources: Sources, world: World, stop: StopRequest) ->
             save_every=Every(cfg.checkpoint.every_steps),
             save_best=cfg.checkpoint.keep_best,
         )
+        if run.saves_on_the_way:
+            checkpoints.reserve(run.tensors())
+        yield run
 
 
 def build_objective(cfg: Config, num_classes: int) -> Classify:

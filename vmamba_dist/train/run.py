@@ -97,6 +97,15 @@ class Run:
         return self.max_steps is not None and self.state.step >= self.max_steps
 
     @property
+    def saves_on_the_way(self) -> bool:
+        """Whether a save comes that training goes on behind; the one at the end is waited for and copies nothing."""
+        end = self.schedule.total_samples // self.batch_size
+        if self.max_steps is not None:
+            end = min(end, self.max_steps)
+        every = [self.save_every.steps] + [self.eval_every.steps] * self.save_best
+        return any(steps and (self.state.step // steps + 1) * steps < end for steps in every)
+
+    @property
     def best_metric(self) -> str:
         """The key that "best" goes by: eval/ema/top1, or eval/raw/… where there is no EMA."""
         return best_metric(self.eval_cfg, has_ema=self.ema is not None)
