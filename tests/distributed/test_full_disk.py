@@ -17,6 +17,7 @@ from distributed.test_async_checkpoint import fill_up, names, small_file_system
 from distributed.world import world
 from shardsets import make_set
 from vmamba_dist.checkpoint.store import CheckpointError
+from vmamba_dist.core.log import logging_to
 from vmamba_dist.data.badlog import BadLog
 from vmamba_dist.data.batch import BadSample
 from vmamba_dist.train.meter import MetricsLog
@@ -164,3 +165,21 @@ def test_choices_wait_for_room_and_stand_once(tmp_path: Path) -> None:
             pass
         found = [each.position for each in BadLog(path).known]
         assert sorted(found) == list(range(102))
+
+
+def test_a_log_without_room_is_told_once_and_raises_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    disk = tmp_path / "small"
+    log = logging.getLogger("vmamba_dist.test")
+    with small_file_system(disk):
+        with logging_to(disk / "train.log", 0):
+            log.info("begins")
+            fill_up(disk, 0)
+            for number in range(99):
+                log.info("line %d %s", number, "x" * 100)
+        assert (disk / "train.log").read_text().splitlines()[0].endswith("begins")
+    told = capsys.readouterr()
+    assert told.err.count("train.log cannot be written: [Errno 28] No space left on device\n") == 1
+    assert "Traceback" not in told.err
+    assert "line 98" in told.out  # the terminal has all

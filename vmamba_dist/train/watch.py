@@ -8,6 +8,9 @@ This comes before the collectives' own time limit, whose message names nobody.
 Nobody is behind a rank that computes, reads or writes for long while the others do the same, so such phases need
 no limits. While checkpoints are written or loaded a process is never ended from here: writes of heartbeats may
 then be as slow as all others, and the collectives' own limit still holds.
+
+What is told is where the hosts are. On GPUs a host queues work and runs ahead to "report", also where its own
+device hangs: all then stand there, nobody is behind, and NCCL's limit ends the run without a name.
 """
 
 from __future__ import annotations
