@@ -26,9 +26,7 @@ DTYPES = [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
 @pytest.fixture(autouse=True)
 def _poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Fresh memory is NaN: an element that a kernel leaves out is seen."""
-    monkeypatch.setattr(
-        torch.utils.deterministic, "fill_uninitialized_memory", True
-    )  # a trainer switches it off
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)  # a trainer switches it off
     torch.use_deterministic_algorithms(True, warn_only=True)
     assert torch.empty(3, device=DEVICE).isnan().all()
     yield
