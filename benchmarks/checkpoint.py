@@ -277,8 +277,9 @@ def main() -> None:
         f"are {FIRST_BAR}× for the first save and {LATER_BAR}× for the later ones: "
         f"{'met' if met else 'MISSED'}. Writing behind took {statistics.median(writing):.1f} s in the median.",
         "",
-        f"The memory for the copies is found while training begins: that took {reserved:.1f} s, with the small model "
-        f"below at {reserving:.1f} steps/s. Without it the first save halts training for {unreserved:.2f} s, "
+        f"The memory for the copies is found while training begins, in the background: that took {reserved:.1f} s, "
+        f"with the small model below at {reserving:.1f} steps/s; it is then held from the start on. Without it the "
+        f"first save halts training for {unreserved:.2f} s, "
         f"{full[0] / unreserved:.1f}× shorter than a synchronous one. It is kept for all later saves.",
         "",
         f"Disk ({kind}): {write_speed:.2f} GB/s of one plain file of that size through to the disk, sha256 "

@@ -3,13 +3,17 @@
 import errno
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -24,6 +28,7 @@ from distributed.test_checkpoint import meta, poisoned, same_bits, values
 from distributed.world import ROOT, WorldError, world
 from shardsets import make_set
 from vmamba_dist.checkpoint import store
+from vmamba_dist.checkpoint.chunks import Part, Staging
 from vmamba_dist.checkpoint.save import Checkpoints
 from vmamba_dist.checkpoint.store import CheckpointError
 from vmamba_dist.config.schema import CheckpointConfig
@@ -34,13 +39,13 @@ pytestmark = pytest.mark.distributed
 
 
 @contextmanager
-def joined(path: Path, **options: object) -> Iterator[Checkpoints]:
+def joined(path: Path, *, timeout_s: float = 30, **options: object) -> Iterator[Checkpoints]:
     """The checkpoints of a run directory, for all ranks; closed as a run closes them."""
     with core.world("cpu") as place:
         run = RunDir.acquire(path, wait_s=5) if place.is_main else None
         run = run or RunDir.attach(path, 1)
         run.attempt = core.from_main(run.attempt)
-        checkpoints = Checkpoints(run, CheckpointConfig(**options), place, timeout_s=30)  # type: ignore[arg-type]
+        checkpoints = Checkpoints(run, CheckpointConfig(**options), place, timeout_s=timeout_s)  # type: ignore[arg-type]
         try:
             yield checkpoints
         finally:
@@ -290,14 +295,50 @@ def test_without_async_save_no_copy_is_made(tmp_path: Path) -> None:
     assert load_newest(tmp_path) == (1, True)
 
 
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_set(tmp_path_factory.mktemp("images") / "set", count=64)
+
+
+def train_and_note_memory(args: list[str]) -> list[int]:
+    """The bytes that were there for copies when each copy began, and at the end of training."""
+    noted = []
+    copy, close = Staging.copy, Checkpoints.close
+
+    def noting_copy(self: Staging, parts: Sequence[Part]) -> list[Part]:
+        noted.append(self.nbytes)
+        return copy(self, parts)
+
+    def noting_close(self: Checkpoints) -> None:
+        noted.append(self._staging.nbytes)
+        close(self)
+
+    with patch.object(Staging, "copy", noting_copy), patch.object(Checkpoints, "close", noting_close):
+        train(args)
+    return noted
+
+
+def test_training_begins_with_the_memory_for_copies_where_it_will_copy(tmp_path: Path, images: Path) -> None:
+    """Nothing called `reserve`, so the first save halted training for as long as the system took to find memory."""
+    fields = ["data.global_batch=4", "eval.split=train", "eval.every_epochs=0", "schedule.epochs=1"]
+    end = "run.max_steps=8"
+    saving = train_and_note_memory(words(images, tmp_path / "saving", *fields, end))
+    assert len(saving) == 2  # step 4's, and the end
+    assert saving[0] > 0
+    assert saving[0] == saving[1]
+    others = ("checkpoint.every_steps=8", "checkpoint.async_save=false")
+    for number, other in enumerate(others):
+        assert train_and_note_memory(words(images, tmp_path / str(number), *fields, end, other)) == [0]
+
+
 # What goes wrong
 
 
 @contextmanager
-def small_file_system(place: Path) -> Iterator[None]:
-    """A file system of 1 MiB at a new folder; root alone can mount one."""
+def small_file_system(place: Path, size: str = "1m") -> Iterator[None]:
+    """A file system of 1 MiB, or `size`, at a new folder; root alone can mount one."""
     place.mkdir(parents=True)
-    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(place)]
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(place)]
     if os.geteuid() != 0 or subprocess.run(command, capture_output=True, timeout=20).returncode:
         pytest.skip("only root may mount a small file system")
     try:
@@ -390,11 +431,6 @@ def test_a_full_disk_stops_the_save_and_nothing_else_until_too_many(small_disk: 
     ]
     assert results[1][1] == []  # said once, by rank 0
     assert names(small_disk / "run") == {f"step-{step:09d}" for step in (1, 4, 9)}
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_set(tmp_path_factory.mktemp("images") / "set", count=64)
 
 
 @pytest.mark.parametrize(
@@ -559,6 +595,94 @@ def test_a_defect_in_the_background_is_not_taken_for_a_full_disk(tmp_path: Path)
         finally:
             store.describe = describe
         assert kept.failures == 0
+
+
+@contextmanager
+def slow(at: str, seconds: float, rank: int) -> Iterator[None]:
+    """One rank takes so long for a function of the store."""
+    function = getattr(store, at)
+
+    def slowly(*args: Path) -> object:
+        if core.rank_and_size()[0] == rank:
+            time.sleep(seconds)
+        return function(*args)
+
+    setattr(store, at, slowly)
+    try:
+        yield
+    finally:
+        setattr(store, at, function)
+
+
+def save_slowly(
+    path: Path, at: str, seconds: float, rank: int, wait: bool
+) -> tuple[list[int], list[str], str]:
+    """(failures after the saves, what was logged, the error of the slow save where it was waited for)."""
+    logged, handler = messages_of("vmamba_dist")
+    failures = []
+    raised = ""
+    with joined(path, timeout_s=3, keep=5) as kept:
+        kept.save(values(1), meta(1, kept.world.size))
+        # What training itself waits for has the same limit.
+        dist.set_timeout(timedelta(seconds=3), dist.group.WORLD)
+        with slow(at, seconds, rank):
+            try:
+                kept.save(values(2), meta(2, kept.world.size), wait=wait)
+                kept.drain()
+            except CheckpointError as error:
+                raised = str(error)
+            failures.append(kept.failures)
+        for step in (3, 4):
+            kept.save(values(step), meta(step, kept.world.size), wait=False)
+            kept.drain()
+            failures.append(kept.failures)
+    logging.getLogger("vmamba_dist").removeHandler(handler)
+    return failures, logged, raised
+
+
+@pytest.mark.parametrize(
+    ("at", "rank", "wait"), [("describe", 2, False), ("describe", 0, True), ("publish", 0, False)]
+)
+def test_a_save_slower_than_the_limit_is_a_counted_failure_that_names_the_slow_rank(
+    tmp_path: Path, at: str, rank: int, wait: bool
+) -> None:
+    """gloo's error used to end the run, uncounted and without a name, and no later save had a group to talk in."""
+    results = world(3).run(save_slowly, tmp_path, at, 4.5, rank, wait)
+    for failures, _, raised in results:
+        assert failures == [1, 0, 0]
+        assert bool(raised) == wait
+        assert raised in results[0][1][-1]
+    told = results[0][1]
+    assert [line.split(":")[0] for line in told][-1].startswith("step 2 was not saved (failure 1 in a row")
+    assert re.search(
+        rf": rank {rank} took [4-6](\.\d+)? s to (write|publish) {tmp_path}/checkpoints/\S+, "
+        r"and the others wait no longer than parallel.timeout_s=3: look at the storage there",
+        told[-1],
+    )
+    assert results[1][1] == []
+    assert names(tmp_path) - {"step-000000002"} == {"step-000000001", "step-000000003", "step-000000004"}
+    assert not (tmp_path / "checkpoints" / "step-000000002").exists() or at == "publish"
+
+
+def save_and_never_come(path: Path) -> str:
+    """A rank whose storage hangs for longer than anybody waits."""
+    with joined(path, timeout_s=1) as kept, slow("describe", 6, 1):
+        kept.save(values(1), meta(1, kept.world.size), wait=False)
+        try:
+            kept.save(values(2), meta(2, kept.world.size), wait=False)
+        except CheckpointError as error:
+            return str(error)
+    return ""
+
+
+def test_a_rank_that_never_ends_its_part_ends_the_run_and_is_named(tmp_path: Path) -> None:
+    told = world(3).run(save_and_never_come, tmp_path)
+    assert len(set(told)) == 1
+    assert re.match(
+        rf"rank 1 is still at work on {tmp_path}/checkpoints/step-000000001, [\d.]+ s after others gave up",
+        told[0],
+    )
+    assert "raise parallel.timeout_s=1" in told[0]
 
 
 # Kills

@@ -28,6 +28,7 @@ from distributed.micro import metrics, train, words
 from distributed.world import WorldError, world
 from vmamba_dist.checkpoint.store import list_checkpoints, read_manifest
 from vmamba_dist.config import load as load_config
+from vmamba_dist.core.dist import is_of_a_collective
 from vmamba_dist.core.dist import world as joined
 from vmamba_dist.data.batch import Batch
 from vmamba_dist.data.shards import pack
@@ -36,7 +37,6 @@ from vmamba_dist.parallel.plan import parallelize
 from vmamba_dist.train import rollback
 from vmamba_dist.train.assemble import build_objective
 from vmamba_dist.train.health import TrainingStoppedError, autopsy
-from vmamba_dist.train.watch import is_of_a_collective
 
 pytestmark = pytest.mark.distributed
 ENGINES = {

@@ -9,7 +9,7 @@ import math
 import random
 import threading
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -446,6 +446,31 @@ def test_an_error_of_a_collective_that_timed_out_names_who_is_missing(tmp_path: 
         with pytest.raises(RuntimeError, match="gloo") as plain, early.watching():
             raise timed_out  # at once: a peer has died, and nothing here is known of it
         assert plain.value is timed_out
+    assert not ranks.ended
+
+
+def test_a_heartbeat_that_failed_goes_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """One OSError used to end the thread, and the rank was then taken for silent."""
+    ranks = Ranks(tmp_path / "alive")
+    beats = tmp_path / "alive" / "rank-00000.json"
+
+    def wait_for_beats(count: int) -> None:
+        deadline = time.monotonic() + 5
+        seen = set()
+        while len(seen) < count:
+            assert time.monotonic() < deadline
+            with suppress(FileNotFoundError, ValueError):
+                seen.add(json.loads(beats.read_bytes())["number"])
+            time.sleep(0.01)
+
+    with ranks.watches[0].watching():
+        wait_for_beats(2)
+        for _ in range(2):
+            (tmp_path / "alive").rename(tmp_path / "away")
+            time.sleep(0.3)  # some beats
+            (tmp_path / "away").rename(tmp_path / "alive")
+            wait_for_beats(2)
+    assert caplog.text.count("the heartbeat in") == 2  # once each time
     assert not ranks.ended
 
 

@@ -12,6 +12,7 @@ so it costs the hashing alone. DCP has no checksum of its own: it loads a flippe
 All of that happens on a thread of its own while training goes on, from copies, and its collectives over a
 process group of its own. A save that could not be written is told, counted and forgotten, until too many
 have failed in a row; one that a run ends with, or that finds a later attempt, is an error of the run.
+How it went is agreed on when it is waited for, since a rank may give up where another one got through.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import logging
 import shutil
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -37,7 +38,7 @@ from vmamba_dist.checkpoint import dcp, store
 from vmamba_dist.checkpoint.chunks import Chunk, Known, Part, Staging, deal, held
 from vmamba_dist.checkpoint.store import CheckpointError, Damaged, Fault, FileRecord, Manifest, Meta
 from vmamba_dist.config.schema import CheckpointConfig
-from vmamba_dist.core.dist import World, from_main, gather, gather_on_main, new_group
+from vmamba_dist.core.dist import World, from_main, gather, gather_on_main, is_of_a_collective, new_group
 from vmamba_dist.core.rundir import RunDir, Superseded
 
 _log = logging.getLogger(__name__)
@@ -76,25 +77,42 @@ class _Failure:
     text: str
 
 
+@dataclass(frozen=True)
+class _Outcome:
+    """How one rank's part of a save went."""
+
+    failure: str = ""  # told by all ranks alike: no checkpoint
+    lost: bool = False  # the others were waited for in vain, or left
+    fatal: str = ""  # what no further save can mend
+    superseded: bool = False  # and why
+    slowest: tuple[float, str] = (0.0, "")  # this rank's own longest stretch, seconds and what it did
+
+
 class Checkpoints:
-    """The checkpoints of one run. Every method is a collective."""
+    """The checkpoints of one run. Every method but `close` is a collective."""
 
     def __init__(
         self, run: RunDir, cfg: CheckpointConfig, world: World, *, metric: str = "", timeout_s: float = 600.0
     ) -> None:
         """`metric` is the key of Meta.metrics that `keep_best` goes by (…loss: small is better).
 
-        A rank that waits longer than `timeout_s` for what another one writes takes it for lost.
+        A rank that waits longer than `timeout_s` (parallel.timeout_s) for what another one writes gives that save up.
         """
         self.run = run
         self.cfg = cfg
         self.world = world
         self.metric = metric
         self.failures = 0  # in a row
+        self._timeout_s = timeout_s
         self._group = new_group(timeout_s)  # the thread's own
+        self._broken = False  # the group: gloo's is of no use once a collective in it has failed
         self._thread: threading.Thread | None = None
+        self._saving: tuple[int, Path] | None = None  # what the thread saves
+        self._outcome = _Outcome()
+        self._slowest = (0.0, "")
+        self._lost_at = 0.0  # monotonic
         self._failure: CheckpointError | None = None  # of the last save
-        self._fatal: BaseException | None = None  # what no further save can mend
+        self._fatal: BaseException | None = None
         self._staging = Staging(world.device)
         self._known: Known = {}
         self._chunks: list[Chunk] = []  # that this rank holds, and their digest
@@ -103,13 +121,21 @@ class Checkpoints:
         self._all: list[Chunk] = []  # every chunk there is
         self._picks: list[int] = []  # which of its own this rank writes
 
-    def save(self, tensors: Mapping[str, Tensor], meta: Meta, *, wait: bool = True) -> Path:
+    def save(
+        self,
+        tensors: Mapping[str, Tensor],
+        meta: Meta,
+        *,
+        wait: bool = True,
+        before: Callable[[], None] = lambda: None,
+    ) -> Path:
         """Save the tensors as they are now as the checkpoint of meta.step; return its path.
 
         Returns once they are copied, and writes on while they may change; with `wait`, or without
         checkpoint.async_save, once all is written. A save in flight is waited for first. Tensors that several
         ranks have are written once, spread over them; DTensors by their owners; a tensor may also be with some
-        ranks only. A whole checkpoint of that step is replaced.
+        ranks only. A whole checkpoint of that step is replaced. Each rank calls `before` first: what must be on the
+        disk before the checkpoint is; an OSError there is a failure of this save.
 
         A failure leaves the earlier checkpoints as they are and no step-N.tmp. It is logged and counted; with
         `wait` it raises CheckpointError on all ranks, naming rank, path and cause, else at the
@@ -119,16 +145,27 @@ class Checkpoints:
         if not wait:  # the last save of a run is worth another try
             self._check_failures()
         final = store.directory(self.run.checkpoints, meta.step)
+
+        def begin() -> None:
+            if self.world.is_main:
+                self.run.check_attempt()
+            before()
+
+        self._outcome = _Outcome()
+        if self._broken:
+            self._renew_group()
         try:
-            self._on_main(f"begin {final}", self.run.check_attempt)
+            _together(self.world, f"begin {final}", begin)
             self._start(tensors, meta, final, wait=wait)
         except CheckpointError as error:
             self._failed(meta.step, error)
-        if self._thread is None:
+        else:
+            if not wait and self.cfg.async_save:
+                return final
             self._settle()
-            if wait and self._failure is not None:
-                raise self._failure
-            self._check_failures()
+        if wait and self._failure is not None:
+            raise self._failure
+        self._check_failures()
         return final
 
     def reserve(self, tensors: Mapping[str, Tensor]) -> None:
@@ -138,7 +175,11 @@ class Checkpoints:
         """
         if self.cfg.async_save:
             self.drain()
-            self._staging.reserve([chunk for chunk, _ in self._mine(tensors)])
+            chunks = [chunk for chunk, _ in self._mine(tensors)]
+            try:
+                self._staging.reserve(chunks)
+            except OSError as error:  # a save tries again, and counts
+                _log.warning("no memory for copies of checkpoints yet: %s", _told(error))
 
     def drain(self) -> None:
         """Wait for the save in flight; nothing happens where there is none.
@@ -150,17 +191,91 @@ class Checkpoints:
         self._check_failures()
 
     def close(self) -> None:
-        """Wait for the save in flight, on every way out of a run; what went wrong is logged, not raised."""
-        self._join()
+        """Wait for this rank's part of the save in flight, on every way out of a run; errors are logged, not raised."""
+        if self._thread is not None:
+            while self._thread.is_alive():
+                self._thread.join(_PATIENCE_S)
+                if self._thread.is_alive() and self.world.is_main:
+                    _log.info("waiting for %s", self._thread.name)
+            self._thread = None
         if self._fatal is not None:
             _log.error("the last save ended with %s: %s", type(self._fatal).__name__, self._fatal)
         self._staging.release()
 
     def _settle(self) -> None:
-        self._join()
+        """Wait for the save in flight, on all ranks, and agree on how it went. A collective."""
+        if self._thread is None or self._saving is None:  # so it is on all ranks
+            return
+        step, final = self._saving
+        outcomes = self._await_all(self._thread, step, final)
+        self._thread = self._saving = None
         if self._fatal is not None:
             fatal, self._fatal = self._fatal, None
             raise fatal
+        for rank, outcome in enumerate(outcomes):
+            if outcome.fatal:
+                kind = Superseded if outcome.superseded else RuntimeError
+                raise kind(outcome.fatal if outcome.superseded else f"rank {rank}: {outcome.fatal}")
+        if any(outcome.lost for outcome in outcomes):
+            self._broken = True
+            if self.world.is_main:  # only now does nobody write there
+                shutil.rmtree(store.temporary(final), ignore_errors=True)
+            self._failed(step, CheckpointError(self._late(outcomes, final)))
+            return
+        failure = next((outcome.failure for outcome in outcomes if outcome.failure), "")
+        if failure:
+            self._failed(step, CheckpointError(failure))
+        else:
+            self.failures, self._failure = 0, None
+
+    def _await_all(self, thread: threading.Thread, step: int, final: Path) -> list[_Outcome]:
+        """Every rank's outcome, in rank order. A collective, in slices that end before it would time out itself.
+
+        Raises CheckpointError naming the ranks that write on for parallel.timeout_s after others gave up.
+        """
+        while True:
+            thread.join(min(_PATIENCE_S, self._timeout_s / 4))
+            over = not thread.is_alive()
+            waited = time.monotonic() - self._lost_at if over and self._outcome.lost else 0.0
+            found = gather((self._outcome if over else None, waited))
+            outcomes = [outcome for outcome, _ in found if outcome is not None]
+            if len(outcomes) == len(found):
+                return outcomes
+            late = _ranks(rank for rank, (outcome, _) in enumerate(found) if outcome is None)
+            longest = max(waited for _, waited in found)
+            if longest > self._timeout_s:
+                raise CheckpointError(
+                    f"{late} still at work on {final}, {longest:.3g} s after others gave up: "
+                    f"look at the storage there, or raise parallel.timeout_s={self._timeout_s:g}"
+                )
+            if self.world.is_main:
+                _log.info("waiting for the save of step %d: %s not done", step, late)
+
+    def _late(self, outcomes: Sequence[_Outcome], final: Path) -> str:
+        """Who kept the others waiting, in words: each rank knows how long its own part took."""
+        limit = self._timeout_s
+        told = [
+            f"rank {rank} took {seconds:.3g} s to {what}"
+            for rank, (seconds, what) in enumerate(outcome.slowest for outcome in outcomes)
+            if seconds > limit
+        ]
+        if not told:
+            gave_up = _ranks(rank for rank, outcome in enumerate(outcomes) if outcome.lost)
+            return (
+                f"{gave_up} without the others while {final} was written, though no rank's part took "
+                f"parallel.timeout_s={limit:g}: look at the network between them"
+            )
+        return (
+            f"{_some(told)}, and the others wait no longer than parallel.timeout_s={limit:g}: "
+            "look at the storage there, or raise parallel.timeout_s"
+        )
+
+    def _renew_group(self) -> None:
+        """Make the thread a new group. A collective."""
+        if self._group is not None:
+            dist.destroy_process_group(self._group)
+        self._group = new_group(self._timeout_s)
+        self._broken = False
 
     def _check_failures(self) -> None:
         if self.failures >= self.cfg.max_failures:
@@ -170,14 +285,13 @@ class Checkpoints:
             ) from self._failure
 
     def _start(self, tensors: Mapping[str, Tensor], meta: Meta, final: Path, *, wait: bool) -> None:
-        mine = self._mine(tensors)
-        if wait or not self.cfg.async_save:
-            self._run(mine, meta, final)
-            return
-        copies = _together(self.world, f"copy for {final}", lambda: self._staging.copy(mine))
+        parts = self._mine(tensors)
+        if not wait and self.cfg.async_save:
+            parts = _together(self.world, f"copy for {final}", lambda: self._staging.copy(parts))
         self._thread = threading.Thread(
-            target=self._run, args=(copies, meta, final), name=f"the save of step {meta.step}"
+            target=self._run, args=(parts, meta, final), name=f"the save of step {meta.step}"
         )
+        self._saving = meta.step, final
         self._thread.start()
 
     def _mine(self, tensors: Mapping[str, Tensor]) -> list[Part]:
@@ -200,19 +314,32 @@ class Checkpoints:
         return [parts[i] for i in self._picks]
 
     def _run(self, mine: Sequence[Part], meta: Meta, final: Path) -> None:
-        """Write and publish, and note how it went: whoever trains learns of it in `drain`."""
+        """Write and publish, and note how it went: `_settle` makes of it what holds for all ranks."""
         began = time.monotonic()
+        self._slowest = (0.0, "")
         try:
             if self.world.device.type == "cuda":
                 torch.cuda.set_device(self.world.device)  # a new thread's is the first, somebody else's
             self._staging.wait()
             self._publish_all(mine, meta, final)
         except CheckpointError as error:
-            self._failed(meta.step, error)
-        except BaseException as error:  # noqa: BLE001 - raised again by drain
-            self._fatal = error
+            self._tell(meta.step, error)
+            self._outcome = _Outcome(failure=str(error))
+        except BaseException as error:  # noqa: BLE001 - raised again by _settle
+            if isinstance(error, Exception) and is_of_a_collective(error):
+                self._lost_at = time.monotonic()
+                self._outcome = _Outcome(lost=True, slowest=self._slowest)
+                if self.world.is_main:
+                    _log.warning("step %d: the ranks lost one another in its save: %s", meta.step, error)
+            else:
+                self._fatal = error
+                text = f"the save of step {meta.step} ended with {type(error).__name__}: {error}"
+                self._outcome = _Outcome(
+                    fatal=str(error) if isinstance(error, Superseded) else text,
+                    superseded=isinstance(error, Superseded),
+                )
         else:
-            self.failures, self._failure = 0, None
+            self._outcome = _Outcome(slowest=self._slowest)
             if self.world.is_main:
                 _log.info("saved step %d, written in %.1f s", meta.step, time.monotonic() - began)
 
@@ -225,13 +352,12 @@ class Checkpoints:
             return results, {file.name: store.describe(file) for file in dcp.own_files(path, rank)}
 
         try:
-            self._on_main(f"prepare {path}", lambda: self._prepare(final), self._group)
-            written = _together(self.world, f"write {path}", write, self._group)
+            self._part(f"prepare {path}", lambda: self._prepare(final) if self.world.is_main else None)
+            written = self._part(f"write {path}", write)
             of_all = gather_on_main(written, self._group)
-            self._on_main(
+            self._part(
                 f"publish {final}",
-                lambda: self._publish(path, final, meta, of_all),
-                self._group,
+                lambda: self._publish(path, final, meta, of_all) if self.world.is_main else None,
             )
         except CheckpointError:
             if self.world.is_main:
@@ -240,22 +366,31 @@ class Checkpoints:
         if self.world.is_main:
             self._retire(final)
 
-    def _join(self) -> None:
-        while self._thread is not None:
-            self._thread.join(_PATIENCE_S)
-            if not self._thread.is_alive():
-                self._thread = None
-            elif self.world.is_main:
-                _log.info("waiting for %s", self._thread.name)
+    def _part(self, what: str, action: Callable[[], T]) -> T:
+        """A part of the save in the thread's group; how long this rank's own work took is kept. A collective."""
+
+        def timed() -> T:
+            began = time.monotonic()
+            try:
+                return action()
+            finally:
+                self._slowest = max(self._slowest, (time.monotonic() - began, what))
+
+        return _together(self.world, what, timed, self._group)
 
     def _failed(self, step: int, error: CheckpointError) -> None:
+        """Count a failed save, and tell it where the thread has not."""
+        if str(error) != self._outcome.failure:
+            self._tell(step, error)
         self.failures += 1
         self._failure = error
+
+    def _tell(self, step: int, error: CheckpointError) -> None:
         if self.world.is_main:
             _log.error(
                 "step %d was not saved (failure %d in a row; the run stops at checkpoint.max_failures=%d): %s",
                 step,
-                self.failures,
+                self.failures + 1,
                 self.cfg.max_failures,
                 error,
             )
@@ -331,9 +466,9 @@ class Checkpoints:
 
         self._on_main(f"set {path} aside", rename)
 
-    def _on_main(self, what: str, action: Callable[[], None], group: dist.ProcessGroup | None = None) -> None:
+    def _on_main(self, what: str, action: Callable[[], None]) -> None:
         """Do on rank 0 what is its alone; an error there is raised everywhere."""
-        _together(self.world, what, lambda: action() if self.world.is_main else None, group)
+        _together(self.world, what, lambda: action() if self.world.is_main else None)
 
 
 def find(at: str | Path, world: World) -> Found:
@@ -410,6 +545,12 @@ def _kind(shape: Sequence[int], dtype: torch.dtype) -> str:
 def _some(items: Sequence[str], most: int = 8) -> str:
     more = f" and {len(items) - most} more" if len(items) > most else ""
     return ", ".join(items[:most]) + more
+
+
+def _ranks(ranks: Iterable[int]) -> str:
+    """rank 3 is / ranks 3, 7 are."""
+    numbers = [str(rank) for rank in ranks]
+    return f"ranks {_some(numbers)} are" if len(numbers) > 1 else f"rank {numbers[0]} is"
 
 
 def _list(checkpoints: Path, world: World) -> list[Path]:

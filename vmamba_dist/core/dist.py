@@ -122,6 +122,11 @@ def new_group(timeout_s: float) -> dist.ProcessGroup | None:
     return group
 
 
+def is_of_a_collective(error: Exception) -> bool:
+    """True for what c10d raises; gloo's errors are plain RuntimeErrors that name its source files."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error).lower()
+
+
 def agree(ok: bool) -> bool:
     """True where every rank says True. A collective over CPU tensors (syncs)."""
     if not dist.is_initialized():

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from rich.console import Console
@@ -25,7 +25,7 @@ def logging_to(path: Path, rank: int) -> Iterator[None]:
         f"%(asctime)s %(levelname).1s {'' if rank == 0 else f'[rank {rank}] '}%(message)s",
         "%Y-%m-%d %H:%M:%S",
     )
-    file = logging.FileHandler(path, encoding="utf-8")
+    file = _File(path, encoding="utf-8")
     file.setFormatter(form)
     screen: logging.Handler
     if sys.stdout.isatty():
@@ -48,7 +48,28 @@ def logging_to(path: Path, rank: int) -> Iterator[None]:
             logger.removeHandler(file)
             logger.removeHandler(screen)
             logger.propagate = True
-        file.close()
+        with suppress(OSError):  # what is left of the log on a full disk; the file is closed all the same
+            file.close()
+
+
+class _File(logging.FileHandler):
+    """A file that may be full: the terminal has every line, and is told once instead of with a traceback a line."""
+
+    _failing = False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._failed = False
+        super().emit(record)
+        self._failing = self._failed
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+            return
+        self._failed = True
+        if not self._failing:
+            print(f"{self.baseFilename} cannot be written: {error}", file=sys.stderr)
 
 
 class Bar:

@@ -2,7 +2,7 @@
 
 Law: a choice that was made once is used again on resume, and stands in the file once. A choice is known by its
 position and by the sample that lies there, so that what another order left in the file is no choice of this
-one. Every rank appends lines of its own, each in one write.
+one. Every rank appends lines of its own, each in one write. Lines that find no room wait in memory.
 """
 
 from __future__ import annotations
@@ -10,8 +10,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
 from vmamba_dist.data.batch import BadSample
 
@@ -24,17 +27,38 @@ class BadLog:
     def __init__(self, path: Path) -> None:
         self._path = path
         self.known = _read(path)
-        self._written = {_place(bad) for bad in self.known}
+        self._noted = {_place(bad) for bad in self.known}
+        self._waiting = b""  # whole lines; data.max_bad_fraction bounds them
+        self._failing = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self.sync()
+        except OSError as failure:
+            if error is None:
+                raise
+            # `error` is what ended the run
+            log.error("%d lines were not written: %s", self._waiting.count(b"\n"), failure)
 
     def note(self, found: Sequence[BadSample]) -> None:
-        """Write what is new, and say it in the log."""
-        new = [bad for bad in found if _place(bad) not in self._written]
+        """Write what is new, and say it in the log; where there is no room it is written later."""
+        new = [bad for bad in found if _place(bad) not in self._noted]
         if not new:
             return
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write("".join(json.dumps(dataclasses.asdict(bad)) + "\n" for bad in new))
+        self._waiting += "".join(json.dumps(dataclasses.asdict(bad)) + "\n" for bad in new).encode()
+        try:
+            self.sync()
+        except OSError as error:
+            if not self._failing:
+                log.warning("%s; lines wait in memory until there is room", error)
+            self._failing = True
         for bad in new:
-            self._written.add(_place(bad))
+            self._noted.add(_place(bad))
             log.warning(
                 "epoch %d: sample %s (number %d of %s) is unusable: %s; %s takes its place",
                 bad.epoch,
@@ -44,6 +68,30 @@ class BadLog:
                 bad.reason,
                 bad.replacement_key,
             )
+
+    def sync(self) -> None:
+        """Write the lines that wait. Raises OSError naming the file; what was not written is kept."""
+        try:
+            while self._waiting:
+                count = _append(self._path, self._waiting)
+                self._waiting = self._waiting[self._waiting.rfind(b"\n", 0, count) + 1 :]
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self._path)) from error
+        self._failing = False
+
+
+def _append(path: Path, lines: bytes) -> int:
+    """Append lines in one write; return how many bytes of them found room.
+
+    What a full disk tore, by whatever rank, is ended as a line of its own first.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+    try:
+        size = os.fstat(descriptor).st_size
+        torn = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
+        return max(0, os.write(descriptor, b"\n" * torn + lines) - torn)
+    finally:
+        os.close(descriptor)
 
 
 def _place(bad: BadSample) -> tuple[int, int, str, int]:

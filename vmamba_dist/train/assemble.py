@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.tensorboard import SummaryWriter
 
 from vmamba_dist.checkpoint.save import Checkpoints, Found
 from vmamba_dist.checkpoint.store import Meta
@@ -39,6 +38,7 @@ from vmamba_dist.objectives.classify import Classify
 from vmamba_dist.optim.schedule import Schedule, build_schedule, total_samples
 from vmamba_dist.parallel.plan import parallelize
 from vmamba_dist.train import rollback
+from vmamba_dist.train.board import Board
 from vmamba_dist.train.ema import Ema
 from vmamba_dist.train.environment import describe_environment, record_environment
 from vmamba_dist.train.feed import Feed
@@ -118,7 +118,7 @@ def assembled(cfg: Config, sources: Sources, world: World, stop: StopRequest) ->
             compute = compute_dtype(cfg.precision.compute)
             probe = Probe(world.device, compute, cfg.telemetry.log_every_steps)
         writers = _writers(cfg, run_dir, state, total_steps, pace, closing) if world.is_main else None
-        bad_log = BadLog(run_dir.bad)
+        bad_log = closing.enter_context(BadLog(run_dir.bad))
         stream = TrainStream(
             sources.train,
             cfg.data,
@@ -160,12 +160,13 @@ def assembled(cfg: Config, sources: Sources, world: World, stop: StopRequest) ->
             max_bad_fraction=cfg.data.max_bad_fraction,
             epoch_samples=sources.train.num_samples,
         )
-        yield Run(
+        run = Run(
             state=state,
             engine=engine,
             ema=ema,
             progress=progress,
             feed=feed,
+            bad_log=bad_log,
             schedule=schedule,
             meter=Meter(world, progress, probe),
             record=record,
@@ -193,6 +194,9 @@ def assembled(cfg: Config, sources: Sources, world: World, stop: StopRequest) ->
             save_every=Every(cfg.checkpoint.every_steps),
             save_best=cfg.checkpoint.keep_best,
         )
+        if run.saves_on_the_way:
+            checkpoints.reserve(run.tensors())
+        yield run
 
 
 def build_objective(cfg: Config, num_classes: int) -> Classify:
@@ -367,11 +371,10 @@ def _writers(
     closing: ExitStack,
 ) -> Writers:
     """Rank 0's outputs, cut to what the loaded checkpoint knows."""
-    metrics = MetricsLog(run_dir.metrics, after_step=state.step)
-    closing.callback(metrics.close)
+    metrics = closing.enter_context(MetricsLog(run_dir.metrics, after_step=state.step))
     tensorboard = None
     if cfg.telemetry.tensorboard:
-        tensorboard = SummaryWriter(str(run_dir.tensorboard), purge_step=state.step + 1)
+        tensorboard = Board(run_dir.tensorboard, after_step=state.step)
         closing.callback(tensorboard.close)
         text = "\n".join(f"    {line}" for line in to_yaml(cfg).splitlines())
         tensorboard.add_text("config", text, state.step)

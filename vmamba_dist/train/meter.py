@@ -1,18 +1,20 @@
 """What a step reports: one small asynchronous all-reduce, read at the next step.
 
 Law: metrics.jsonl has each step once, in order; its lines up to s are on disk before checkpoint s is published,
-and a start cuts the file after the step that it loads.
+and a start cuts the file after the step that it loads. A disk without room delays lines and loses none.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import resource
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
@@ -24,6 +26,8 @@ from vmamba_dist.core.rundir import sync_directory
 from vmamba_dist.parallel.engine import Update
 from vmamba_dist.train.probe import Probe
 from vmamba_dist.train.progress import Progress
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -166,26 +170,85 @@ def memory_gib(device: torch.device) -> float:
 
 
 class MetricsLog:
-    """metrics.jsonl: one JSON object a step."""
+    """metrics.jsonl: one JSON object a step. Lines wait in memory while they cannot be written."""
+
+    MOST_BYTES = 2**24  # that wait; about 40,000 steps
 
     def __init__(self, path: Path, *, after_step: int) -> None:
         """Open for appending after step `after_step`, cutting later lines and a torn last one."""
         _cut(path, after_step)
-        self._file = path.open("a", encoding="utf-8")
+        self._path = path
+        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
         sync_directory(path.parent)
+        self._synced = os.fstat(self._file).st_size  # bytes that are on the disk, and after them:
+        self._lines = bytearray()  # what followed since, of which
+        self._written = 0  # so many bytes have been written, perhaps a part of a line
+        self._failing = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self.close()
+        except OSError as failure:
+            if error is None:
+                raise
+            log.error(
+                "%d lines were not written: %s", self._num_waiting(), failure
+            )  # `error` is what ended the run
 
     def write(self, line: dict[str, Any]) -> None:
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        """Append a line; where there is no room it is written with a later one. Raises OSError past MOST_BYTES."""
+        self._lines += json.dumps(line).encode() + b"\n"
+        try:
+            self._write()
+            if len(self._lines) > self.MOST_BYTES:
+                self.sync()
+        except OSError as error:
+            if len(self._lines) > self.MOST_BYTES:
+                raise
+            if not self._failing:
+                log.warning(
+                    "%s cannot be written: %s; its lines wait in memory until there is room",
+                    self._path,
+                    error,
+                )
+            self._failing = True
 
     def sync(self) -> None:
-        """Put every line on the disk (fsync)."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        """Put every line on the disk (fsync). Raises OSError naming the file; the lines are kept."""
+        try:
+            self._write()
+            os.fsync(self._file)
+        except OSError as error:
+            self._written = (
+                0  # the system may drop what it could not sync, and the next fsync would be silent
+            )
+            raise OSError(error.errno, error.strerror, str(self._path)) from error
+        self._synced += len(self._lines)
+        self._lines.clear()
+        self._written = 0
 
     def close(self) -> None:
-        self.sync()
-        self._file.close()
+        """Put every line on the disk, and let go of the file also where that fails."""
+        try:
+            self.sync()
+        finally:
+            os.close(self._file)
+
+    def _write(self) -> None:
+        while self._written < len(self._lines):
+            with memoryview(self._lines)[self._written :] as rest:
+                self._written += os.pwrite(self._file, rest, self._synced + self._written)
+        if self._failing:
+            self._failing = False
+            log.warning("%s is written again, and nothing of it is missing", self._path)
+
+    def _num_waiting(self) -> int:
+        return self._lines.count(b"\n", self._written)
 
 
 def _cut(path: Path, after_step: int) -> None:

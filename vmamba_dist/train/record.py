@@ -12,13 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch.utils.tensorboard import SummaryWriter
-
 from vmamba_dist.config.schema import RunConfig
 from vmamba_dist.core.dist import on_main
 from vmamba_dist.core.log import Bar
 from vmamba_dist.core.state import TrainState
 from vmamba_dist.train import rollback
+from vmamba_dist.train.board import Board
 from vmamba_dist.train.health import TrainingStoppedError, Verdict, note_bad, note_step
 from vmamba_dist.train.meter import MetricsLog, Report
 from vmamba_dist.train.pace import Pace, slowest
@@ -31,7 +30,7 @@ class Writers:
     """Rank 0's outputs."""
 
     metrics: MetricsLog
-    tensorboard: SummaryWriter | None
+    tensorboard: Board | None
     bar: Bar
     pace: Pace | None  # None where there is one rank
     log_every: int
@@ -93,7 +92,7 @@ class Record:
         return report.stop
 
     def sync(self) -> None:
-        """Put what was written on the disk, before a checkpoint is published."""
+        """Put what was written on the disk, before a checkpoint is published. Raises OSError where there is no room."""
         if self._writers is not None:
             self._writers.metrics.sync()
             if self._writers.tensorboard is not None:

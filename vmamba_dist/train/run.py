@@ -14,6 +14,7 @@ from vmamba_dist.checkpoint.save import Checkpoints
 from vmamba_dist.checkpoint.store import Meta
 from vmamba_dist.config.schema import EvalConfig
 from vmamba_dist.core.state import TrainState
+from vmamba_dist.data.badlog import BadLog
 from vmamba_dist.evaluation.classification import ClassificationEvaluator
 from vmamba_dist.optim.schedule import Schedule
 from vmamba_dist.parallel.engine import Engine
@@ -68,6 +69,7 @@ class Run:
     ema: Ema | None
     progress: Progress
     feed: Feed
+    bad_log: BadLog
     schedule: Schedule
     meter: Meter
     record: Record
@@ -93,6 +95,15 @@ class Run:
     @property
     def paused(self) -> bool:
         return self.max_steps is not None and self.state.step >= self.max_steps
+
+    @property
+    def saves_on_the_way(self) -> bool:
+        """Whether a save comes that training goes on behind; the one at the end is waited for and copies nothing."""
+        end = self.schedule.total_samples // self.batch_size
+        if self.max_steps is not None:
+            end = min(end, self.max_steps)
+        every = [self.save_every.steps] + [self.eval_every.steps] * self.save_best
+        return any(steps and (self.state.step // steps + 1) * steps < end for steps in every)
 
     @property
     def best_metric(self) -> str:
@@ -124,7 +135,6 @@ class Run:
     def save(self, evaluation: dict[str, float], *, wait: bool) -> None:
         """Save this step, the metrics up to it on the disk first; with `wait` it is published. A collective."""
         self.progress.at("saving")
-        self.record.sync()
         meta = Meta(
             step=self.state.step,
             samples=self.state.samples,
@@ -133,7 +143,11 @@ class Run:
             metrics=evaluation,
             **dataclasses.asdict(self.origin),
         )
-        self.checkpoints.save(self.tensors(), meta, wait=wait)
+        self.checkpoints.save(self.tensors(), meta, wait=wait, before=self._sync)
+
+    def _sync(self) -> None:
+        self.record.sync()
+        self.bad_log.sync()
 
 
 def best_metric(cfg: EvalConfig, *, has_ema: bool) -> str:

@@ -8,6 +8,9 @@ This comes before the collectives' own time limit, whose message names nobody.
 Nobody is behind a rank that computes, reads or writes for long while the others do the same, so such phases need
 no limits. While checkpoints are written or loaded a process is never ended from here: writes of heartbeats may
 then be as slow as all others, and the collectives' own limit still holds.
+
+What is told is where the hosts are. On GPUs a host queues work and runs ahead to "report", also where its own
+device hangs: all then stand there, nobody is behind, and NCCL's limit ends the run without a name.
 """
 
 from __future__ import annotations
@@ -24,9 +27,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch.distributed as dist
-
-from vmamba_dist.core.dist import World
+from vmamba_dist.core.dist import World, is_of_a_collective
 from vmamba_dist.train.progress import Place, Progress
 
 log = logging.getLogger(__name__)
@@ -129,16 +130,21 @@ class Watch:
             path.unlink()
 
     def _run(self) -> None:
-        try:
-            while not self._closing.wait(self._pause_s):
+        failing = False
+        while not self._closing.wait(self._pause_s):
+            try:
                 self._turn()
-        except OSError as error:
-            log.error(
-                "rank %d: the heartbeat in %s failed, so nobody sees whether it lives: %s",
-                self._world.rank,
-                self._folder,
-                error,
-            )
+                failing = False
+            except OSError as error:
+                self._seen.clear()  # who cannot beat judges nobody: the others' beats may fail likewise
+                if not failing:
+                    log.error(
+                        "rank %d: the heartbeat in %s failed, so nobody sees whether it lives until one succeeds: %s",
+                        self._world.rank,
+                        self._folder,
+                        error,
+                    )
+                failing = True
 
     def _turn(self) -> None:
         place = self._progress.place
@@ -233,13 +239,10 @@ class Watch:
                 file.write(missing)
         except FileExistsError:
             return verdict.read_text(encoding="utf-8") or missing
+        except OSError as error:  # no room: told twice is better than not at all
+            log.error("%s cannot be written: %s", verdict, error)
         log.error("%s", missing)
         return missing
 
     def _path(self, rank: int) -> Path:
         return self._folder / f"rank-{rank:05d}.json"
-
-
-def is_of_a_collective(error: Exception) -> bool:
-    """True for what c10d raises; gloo's errors are plain RuntimeErrors that name its source files."""
-    return isinstance(error, dist.DistError) or "gloo" in str(error).lower()
