@@ -23,6 +23,18 @@ pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
 ONE = ["launch.nodes=1", "launch.tasks_per_node=1", "launch.cluster=slurm"]
 
 
+def follow(words: list[str], run: Path) -> tuple[Job, subprocess.Popen[bytes], Path]:
+    """Submit a run and stay with it; return its job, the follower and the file that it shows everything in."""
+    shown = run.with_suffix(".shown")
+    with shown.open("wb") as out:
+        line = [*SUBMIT, *words, f"run.dir={run}", "--follow"]
+        follower = subprocess.Popen(line, stdout=out, stderr=subprocess.STDOUT, cwd=ROOT)
+    (number,) = wait_until(
+        lambda: re.findall(r"^job +(\d+),", shown.read_text(), re.MULTILINE), "the job to be submitted"
+    )
+    return Job(number, run, shown.read_text()), follower, shown
+
+
 @pytest.mark.parametrize(
     ("more", "says"),
     [
@@ -85,6 +97,17 @@ def test_what_fails_three_times_without_progress_stops_with_the_reason(
     assert job.results() == [("error", job.ends[-1][1])]  # a client of submitit's does not wait for ever
 
 
+def test_a_setup_that_ends_the_script_stops_after_three_starts(words: list[str], tmp_path: Path) -> None:
+    """Its starts end before one has begun: where those did not count, it was requeued for ever."""
+    job = submit(words, tmp_path / "run", *ONE, "launch.setup=exit 7")
+    job.await_end("FAILED")
+    assert restarts(job) == 2
+    assert [line.event for line in job.starts] == ["begin", "end"] * 3
+    assert [verdict for verdict, _ in job.ends] == ["go on", "go on", "stop"]
+    assert job.ends[-1][1].startswith("launch.setup ended the script with code 7, before training; 3 starts")
+    assert job.field("ExitCode") == "7:0"
+
+
 def test_no_more_requeues_than_allowed_and_the_same_command_goes_on(words: list[str], tmp_path: Path) -> None:
     job = submit(words, tmp_path / "run", *ONE, "launch.max_requeues=0")
     with job.frozen(5):
@@ -103,7 +126,8 @@ def test_no_more_requeues_than_allowed_and_the_same_command_goes_on(words: list[
 def test_where_requeueing_is_forbidden_the_job_submits_itself_anew(
     words: list[str], whole: Job, tmp_path: Path
 ) -> None:
-    job = submit(words, tmp_path / "run")
+    """And a follower goes with it, though the heir has begun before the follower sees the job's end."""
+    job, follower, shown = follow(words, tmp_path / "run")
     lab.slurm("scontrol", "update", f"JobId={job.id}", "Requeue=0")
     with job.frozen(9) as ranks:
         os.kill(ranks[1], signal.SIGTERM)
@@ -112,6 +136,9 @@ def test_where_requeueing_is_forbidden_the_job_submits_itself_anew(
     assert line.successor != job.id
     heir = Job(line.successor, job.run, "")
     heir.await_end()
+    assert follower.wait(timeout=60) == 0, shown.read_text()
+    assert f"job {job.id} goes on as job {heir.id}\n" in shown.read_text()
+    assert "it said nothing" not in shown.read_text()
     assert metrics(job.run) == metrics(whole.run)
     assert len(job.begun) == 2
     assert job.begun[1] == job.starts[1].step + 1

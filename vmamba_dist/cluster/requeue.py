@@ -132,6 +132,12 @@ class Start:
         return next((line for line in self.lines() if (line.event, line.job, line.restart) == ours), None)
 
     @property
+    def has_begun(self) -> bool:
+        """False where the batch script came to its end before `begin`."""
+        ours = ("begin", self.slurm.key, self.slurm.restart)
+        return any((line.event, line.job, line.restart) == ours for line in self.lines())
+
+    @property
     def restarts(self) -> int:
         """Starts before this one; Slurm does not count those of jobs that this one was submitted anew from."""
         begun = sum(line.event == "begin" for line in self.lines())
@@ -187,10 +193,15 @@ def end(start: Start, code: int) -> int:
     before = start.decided
     if before is not None:
         return AGAIN if before.verdict == "go on" else before.code
+    outcomes = read_outcomes(start)
+    if not start.has_begun:
+        # launch.setup ended the script, perhaps because Python needs it: it counts as a start all the same.
+        begin(start)
+        outcomes = [("failed", f"launch.setup ended the script with code {code}, before training")]
     state = slurm.job_state(start.slurm.key)
     verdict = decide(
         code,
-        read_outcomes(start),
+        outcomes,
         state,
         fruitless_starts(start.lines(), start.step),
         start.restarts,
