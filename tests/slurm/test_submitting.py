@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ import pytest
 from distributed.micro import metrics
 from slurm import lab
 from slurm.lab import ROOT, STEPS, SUBMIT, Job, restarts, run_submit, submit, wait_until
-from vmamba_dist.cluster import executors, snapshot
+from vmamba_dist.cluster import executors, slurm, snapshot
 from vmamba_dist.cluster.job import Report, TrainJob
 from vmamba_dist.config import load, to_dict
 
@@ -207,6 +208,40 @@ def test_a_follower_leaves_the_job_alone_and_a_cancelled_job_stays_cancelled(
     assert verdict == "leave"
     assert why.startswith("ended from outside")
     assert job.saved[-1] == job.steps  # it saved before it went
+
+
+def test_a_controller_that_is_away_for_a_while_ends_nothing(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While it is away a start ends, and a follower asks: the job is requeued, and the follower stays.
+
+    Both ask with short waits: with the cluster's own a question takes 40 s to fail.
+    """
+    hasty, slow = tmp_path / "hasty.conf", Path(os.environ["SLURM_CONF"])
+    text = re.sub(r"(?m)^(MessageTimeout|TCPTimeout|SlurmctldTimeout)=.*$", r"\1=2", slow.read_text())
+    hasty.write_text(text)
+    shutil.copy(slow.with_name("gres.conf"), tmp_path)
+    monkeypatch.setenv("SLURM_CONF", str(hasty))
+    job, follower, shown = follow(
+        [*words, *ONE, f"launch.setup=export SLURM_CONF={hasty}"], tmp_path / "run"
+    )
+    monkeypatch.setenv("SLURM_CONF", str(slow))
+    with job.frozen(5) as ranks:
+        lab.cluster("stop-controller")
+        os.kill(ranks[0], signal.SIGUSR2)
+    try:
+        wait_until(lambda: "Slurm does not answer" in job.output(0, "err"), "the batch script to ask in vain")
+        time.sleep(20)  # longer than three tries
+        assert not job.ends
+        assert follower.poll() is None
+    finally:
+        lab.cluster("start-controller")
+    job.await_end()
+    assert restarts(job) == 1
+    assert job.ends[0] == ("go on", "asked to stop, saved")
+    assert follower.wait(timeout=60) == 0, shown.read_text()
+    assert shown.read_text().count("Slurm does not answer, asking again") == 1
+    assert slurm.job_state("99999") is None
 
 
 def test_words_reach_slurm_as_they_are_written(words: list[str], digits: Path, tmp_path: Path) -> None:

@@ -156,11 +156,19 @@ def watch_slurm(job: str, run: Path, log: Path, *, since: int) -> int:
     tail = Tail(log, since)
     told: tuple[str, str] | None = None
     ended = 0
+    away = False
     try:
         with progress_bar(None) as bar:
             while ended < 2:  # twice: a job that is requeued may look ended for a moment
-                state = slurm.job_state(job)
-                ended = ended + 1 if state is None or state.ended else 0
+                try:
+                    state = slurm.job_state(job)
+                    ended = ended + 1 if state is None or state.ended else 0
+                    away = False
+                except slurm.Unanswered as error:
+                    state, ended = None, 0
+                    if not away:
+                        print(f"job {job}: Slurm does not answer, asking again ({error})", flush=True)
+                    away = True
                 if state is not None and (state.state, state.reason) != told:
                     told = (state.state, state.reason)
                     because = "" if state.reason == "None" else f" ({state.reason})"
