@@ -167,9 +167,13 @@ def test_one_run_is_told_with_its_state_its_checkpoint_its_job_and_why_it_ended(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = make(tmp_path / "run", steps=6, saved=4)
-    for restart, why in enumerate(("pre-empted, saved", "disk; 3 starts in a row have brought no new checkpoint")):
+    for restart, why in enumerate(
+        ("pre-empted, saved", "disk; 3 starts in a row have brought no new checkpoint")
+    ):
         ledger.append(run, ledger.Line("begin", "s", "77", restart, 0))
-        ledger.append(run, ledger.Line("end", "s", "77", restart, 4, verdict=("go on", "stop")[restart], why=why))
+        ledger.append(
+            run, ledger.Line("end", "s", "77", restart, 4, verdict=("go on", "stop")[restart], why=why)
+        )
     assert status.main([str(run)]) == 0
     told = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
     assert list(told)[0] == "state"
@@ -180,7 +184,8 @@ def test_one_run_is_told_with_its_state_its_checkpoint_its_job_and_why_it_ended(
 
 
 @pytest.mark.parametrize(
-    ("jobs", "state"), [(None, "stopped"), ({}, "stopped"), ({"77": "PENDING"}, "queued"), ({"77": "RUNNING"}, "running")]
+    ("jobs", "state"),
+    [(None, "stopped"), ({}, "stopped"), ({"77": "PENDING"}, "queued"), ({"77": "RUNNING"}, "running")],
 )
 def test_starts_that_never_reached_training_are_starts(
     jobs: dict[str, str] | None, state: str, tmp_path: Path

@@ -106,7 +106,13 @@ def preemption_requeues(partition: str) -> bool:
 
 
 def limit_min(partition: str) -> int | None:
-    """The longest time limit of a partition, "" for the default one, in minutes; None: unlimited, or not known."""
+    """The longest time limit of a partition, "" for the default one, in minutes; None: unlimited, or not known.
+
+    Of a list of partitions, A,B, the longest of them all: that one may take the job.
+    """
+    if "," in partition:
+        limits = [limit_min(one) for one in partition.split(",") if one]
+        return None if None in limits else max((limit for limit in limits if limit is not None), default=None)
     told = call(["scontrol", "-o", "show", "partition", *([partition] if partition else [])])
     for line in told.stdout.splitlines() if told is not None and told.returncode == 0 else ():
         found = re.search(r"\bMaxTime=(?:(\d+)-)?(\d+):(\d+):(\d+)", line)

@@ -235,7 +235,9 @@ def record(run: Path, jobs: Mapping[str, str] | None = None) -> RunRecord:
 
 
 def _starts(run: Path, told: Sequence[ledger.Line]) -> int:
-    begun = [line for line in told if line.event == "begin"]  # before training, which may not have been reached
+    begun = [
+        line for line in told if line.event == "begin"
+    ]  # before training, which may not have been reached
     on_slurm = {line.job for line in begun}
     return len(begun) + sum(attempt.job not in on_slurm for attempt in attempts(run))
 
@@ -270,7 +272,9 @@ def _state(
     if last is not None:
         return "failed", f"ended without a save, killed or crashed: {run / 'train.log'}"
     if line is not None:  # no start has reached training
-        why = f"{line.verdict}: {line.why}" if line.event == "end" else "the last start has not ended in order"
+        why = (
+            f"{line.verdict}: {line.why}" if line.event == "end" else "the last start has not ended in order"
+        )
         return "stopped", f"before training; {why}"
     return "new", ""
 

@@ -8,7 +8,6 @@ left. Run again after any kind of end, it goes on.
 from __future__ import annotations
 
 import json
-import shlex
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -16,6 +15,7 @@ from pathlib import Path
 from vmamba_dist.cluster import points as sweep_points
 from vmamba_dist.cluster.follow import REQUEUE
 from vmamba_dist.cluster.points import write
+from vmamba_dist.cluster.submit import command_line
 from vmamba_dist.cluster.sweep import PointResult, exit_code, overview, run_points, take_parallel
 from vmamba_dist.config import ConfigError, load_beside
 from vmamba_dist.scaling.runs import losses_of, read_point
@@ -34,7 +34,7 @@ def main(words: Sequence[str]) -> int:
             f"sweep.{next(iter(said))}: a study names its points itself; only sweep.parallel is taken"
         )
     study = plan_study(cfg)
-    command = shlex.join(["vmamba", "study", "run", *words])
+    command = command_line("study", ["run", *words])
 
     searched = run(study, study.search, parallel=parallel, command=command)
     if any(result.state not in _SETTLED for result in searched):
