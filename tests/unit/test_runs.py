@@ -176,7 +176,7 @@ def test_one_run_is_told_with_its_state_its_checkpoint_its_job_and_why_it_ended(
         )
     assert status.main([str(run)]) == 0
     told = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
-    assert list(told)[0] == "state"
+    assert next(iter(told)) == "state"
     assert told["state"].startswith("failed: disk; 3 starts in a row")
     assert told["ended"].startswith("stop: disk")
     assert (told["starts"], told["job"], told["trained"]) == ("2", "77", "step 6, loss 0.5000")

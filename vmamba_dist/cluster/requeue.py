@@ -61,8 +61,8 @@ def decide(
 ) -> Verdict:
     """Say what follows a start that ended with srun's exit `code` and its ranks' (outcome, message), the first first.
 
-    state: as the controller sees the job now, None where this machine has nothing to ask it with. fruitless: starts in a row, this one
-    included, that brought no new checkpoint. slurm_requeues: what pre-emption does in the job's partition.
+    state: as the controller sees the job now, None where this machine has nothing to ask it with. fruitless: starts in
+    a row, this one included, that brought no new checkpoint. slurm_requeues: what pre-emption does in its partition.
     """
     said = dict(reversed(outcomes))  # the first that failed knows why
     if "finished" in said:

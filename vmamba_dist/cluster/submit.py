@@ -126,8 +126,8 @@ def for_slurm(intent: Plan) -> Plan:
     launch = config.launch
     if launch.signal_delay_s < SAVE_S:
         raise ConfigError(
-            f"launch.signal_delay_s={launch.signal_delay_s}: two steps and a save take longer, and what is not saved by "
-            f"the limit is lost; use {SAVE_S} s or more"
+            f"launch.signal_delay_s={launch.signal_delay_s}: two steps and a save take longer, and what is not saved "
+            f"by the limit is lost; use {SAVE_S} s or more"
         )
     if launch.time_limit_min is not None:
         _check_limit(launch.time_limit_min, launch.signal_delay_s, launch.partition)
@@ -151,8 +151,8 @@ def _check_limit(limit: int, signal_delay_s: int, partition: str) -> None:
     if 60 * limit <= needed:
         raise ConfigError(
             f"launch.time_limit_min={limit}: a start takes {START_S} s, and the word to save comes "
-            f"launch.signal_delay_s={signal_delay_s} s (two steps and the save) before the limit and up to {EARLY_S} s earlier: {needed} s of "
-            f"{60 * limit} s without training; use {needed // 60 + 1} minutes or more"
+            f"launch.signal_delay_s={signal_delay_s} s (two steps and the save) before the limit and up to "
+            f"{EARLY_S} s earlier: {needed} s of {60 * limit} s without training; use {needed // 60 + 1} minutes or more"
         )
     most = slurm.limit_min(partition)
     if most is not None and limit > most:
