@@ -151,8 +151,8 @@ def _check_limit(limit: int, signal_delay_s: int, partition: str) -> None:
     if 60 * limit <= needed:
         raise ConfigError(
             f"launch.time_limit_min={limit}: a start takes {START_S} s, and the word to save comes "
-            f"launch.signal_delay_s={signal_delay_s} s (two steps and the save) before the limit and up to "
-            f"{EARLY_S} s earlier: {needed} s of {60 * limit} s without training; use {needed // 60 + 1} minutes or more"
+            f"launch.signal_delay_s={signal_delay_s} s (two steps and the save) before the limit and up to {EARLY_S} s "
+            f"earlier: {needed} s of {60 * limit} s without training; use {needed // 60 + 1} minutes or more"
         )
     most = slurm.limit_min(partition)
     if most is not None and limit > most:
