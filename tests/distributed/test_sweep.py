@@ -7,6 +7,7 @@ import csv
 import json
 import os
 import random
+import shlex
 import signal
 import subprocess
 import sys
@@ -119,7 +120,7 @@ def test_a_sweep_that_is_stopped_anywhere_goes_on(
         out, err = process.communicate(timeout=LIMIT_S)
     if number == signal.SIGINT:
         assert process.returncode == 75, out + err
-        assert "stopped; to go on: python launch/sweep.py run.dir=" in out
+        assert f"stopped; to go on: {shlex.join(command[:2])} run.dir=" in out
         states = {name: row["state"] for name, row in results(folder).items()}
         assert states == {"lr=0.001": "stopped", "lr=0.002": "missing"}
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # A real Slurm of four virtual nodes on one Debian host, as root: no systemd, no cgroups, loopback only.
-#   cluster.sh up | down | status | kill-node NAME | revive-node NAME | env
+#   cluster.sh up | down | status | kill-node NAME | revive-node NAME | stop-controller | start-controller | env
 # `up` installs Debian's packages where they are missing and may be repeated. Each node is a slurmd in PID and UTS
 # namespaces of its own, so `kill-node` takes slurmd, its steps and every process of its jobs at once, as a power cut
 # does. `env` prints what a client needs. Two clusters live side by side with two VMAMBA_SLURM_DIR and _PORT.
@@ -135,6 +135,8 @@ start_node() { # NAME: the pid file holds the process whose end is the end of th
   echo $! >"$DIR/run/node.$1.pid"
 }
 
+start_controller() { alive "$DIR/run/slurmctld.pid" || slurmctld -f "$CONF"; }
+
 ready() { [ "$(sinfo -h -N -p main -t idle,mix,alloc -o %N 2>/dev/null | wc -l)" = "$NODES" ]; }
 
 up() {
@@ -143,7 +145,7 @@ up() {
   install
   configure
   start_munge
-  alive "$DIR/run/slurmctld.pid" || slurmctld -f "$CONF"
+  start_controller
   local i
   for i in $(seq "$NODES"); do start_node "node$i"; done
   for _ in $(seq 600); do
@@ -182,6 +184,8 @@ case ${1:-} in
   status) status ;;
   kill-node) end "$DIR/run/node.${2:?a node}.pid" KILL ;;
   revive-node) start_node "${2:?a node}" ;;
+  stop-controller) end "$DIR/run/slurmctld.pid" ;; # jobs run on, nobody can ask for anything
+  start-controller) start_controller ;;
   env) echo "export SLURM_CONF=$CONF" ;;
   *) sed -n '2,6s/^# //p' "$0" >&2; exit 2 ;;
 esac

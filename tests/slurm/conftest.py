@@ -58,7 +58,7 @@ def words(digits: Path) -> list[str]:
 
 @pytest.fixture(scope="session")
 def whole(_cluster: None, words: list[str], tmp_path_factory: pytest.TempPathFactory) -> lab.Job:
-    """The run that nobody disturbed."""
-    job = lab.submit(words, tmp_path_factory.mktemp("whole") / "run", "launch.cpus_per_task=2")
+    """The run that nobody disturbed, with a reader process a rank and so two cores each."""
+    job = lab.submit(words, tmp_path_factory.mktemp("whole") / "run", "data.workers=1")
     job.await_end()
     return job

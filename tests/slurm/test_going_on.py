@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shlex
 import signal
 import time
 from pathlib import Path
@@ -21,7 +23,14 @@ def test_two_nodes_with_two_tasks_train_to_the_end(whole: Job) -> None:
     assert restarts(whole) == 0
     for rank in range(4):
         assert f"rank {rank} of 4 on node[" in whole.output(rank)
-        assert "2 cores" in whole.output(rank)  # srun --cpus-per-task: the workers' too
+        assert "2 cores" in whole.output(rank)
+    # Tasks of this cluster are not bound to cores (task/none), and inherit sbatch's SLURM_CPUS_PER_TASK: they would say
+    # the same without srun's own option, which Slurm needs since 22.05 to give them the cores of their workers.
+    (script,) = whole.run.glob("slurm/*/*_submission.sh")
+    (line,) = re.findall(r"^srun .*$", script.read_text(), re.MULTILINE)
+    assert "--cpus-per-task=2" in shlex.split(line)
+    assert "\n#SBATCH --cpus-per-task=2\n" in script.read_text()
+    assert int(whole.field("NumCPUs")) == 2 * 2 * 2
     assert [result for _, result in whole.results()] == [whole.results()[0][1]] * 4
     same_as(whole, whole.run)
 

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -15,12 +16,24 @@ import pytest
 from distributed.micro import metrics
 from slurm import lab
 from slurm.lab import ROOT, STEPS, SUBMIT, Job, restarts, run_submit, submit, wait_until
-from vmamba_dist.cluster import executors, snapshot
+from vmamba_dist.cluster import executors, slurm, snapshot
 from vmamba_dist.cluster.job import Report, TrainJob
 from vmamba_dist.config import load, to_dict
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
 ONE = ["launch.nodes=1", "launch.tasks_per_node=1", "launch.cluster=slurm"]
+
+
+def follow(words: list[str], run: Path) -> tuple[Job, subprocess.Popen[bytes], Path]:
+    """Submit a run and stay with it; return its job, the follower and the file that it shows everything in."""
+    shown = run.with_suffix(".shown")
+    with shown.open("wb") as out:
+        line = [*SUBMIT, *words, f"run.dir={run}", "--follow"]
+        follower = subprocess.Popen(line, stdout=out, stderr=subprocess.STDOUT, cwd=ROOT)
+    (number,) = wait_until(
+        lambda: re.findall(r"^job +(\d+),", shown.read_text(), re.MULTILINE), "the job to be submitted"
+    )
+    return Job(number, run, shown.read_text()), follower, shown
 
 
 @pytest.mark.parametrize(
@@ -30,6 +43,10 @@ ONE = ["launch.nodes=1", "launch.tasks_per_node=1", "launch.cluster=slurm"]
         (["launch.partition=members"], "Invalid account"),
         (["launch.partition=members", "launch.account=arts"], "Invalid account"),
         (["launch.time_limit_min=121"], r"launch\.time_limit_min=121: .* allows 120 minutes"),
+        (
+            ["launch.time_limit_min=121", "launch.partition=main,low"],
+            r"partition main,low allows 120 minutes",
+        ),
         (["launch.time_limit_min=4"], r"launch\.time_limit_min=4: .*240 s of 240 s .*use 5 minutes"),
         (["launch.nodes=5", "data.global_batch=40"], "Node count"),
         (["launch.constraint=moon"], "feature"),
@@ -85,6 +102,17 @@ def test_what_fails_three_times_without_progress_stops_with_the_reason(
     assert job.results() == [("error", job.ends[-1][1])]  # a client of submitit's does not wait for ever
 
 
+def test_a_setup_that_ends_the_script_stops_after_three_starts(words: list[str], tmp_path: Path) -> None:
+    """Its starts end before one has begun: where those did not count, it was requeued for ever."""
+    job = submit(words, tmp_path / "run", *ONE, "launch.setup=exit 7")
+    job.await_end("FAILED")
+    assert restarts(job) == 2
+    assert [line.event for line in job.starts] == ["begin", "end"] * 3
+    assert [verdict for verdict, _ in job.ends] == ["go on", "go on", "stop"]
+    assert job.ends[-1][1].startswith("launch.setup ended the script with code 7, before training; 3 starts")
+    assert job.field("ExitCode") == "7:0"
+
+
 def test_no_more_requeues_than_allowed_and_the_same_command_goes_on(words: list[str], tmp_path: Path) -> None:
     job = submit(words, tmp_path / "run", *ONE, "launch.max_requeues=0")
     with job.frozen(5):
@@ -92,9 +120,11 @@ def test_no_more_requeues_than_allowed_and_the_same_command_goes_on(words: list[
     job.await_end("FAILED")
     assert job.ends == [("stop", "asked to stop, saved; launch.max_requeues=0 is reached")]
     stopped = job.saved[-1]
-    (again,) = re.findall(r"^resume +vmamba submit (.*)$", job.said, re.MULTILINE)
+    (again,) = re.findall(r"^resume +(/.* submit .*)$", job.said, re.MULTILINE)
     assert f"run.dir={tmp_path / 'run'}" in again
-    later = submit(words, tmp_path / "run", *ONE, "launch.max_requeues=0")
+    bare = {**os.environ, "PATH": "/usr/bin:/bin"}  # without the environment's own programs
+    told = subprocess.run(["sh", "-c", again], capture_output=True, text=True, check=True, env=bare).stdout
+    later = Job(re.findall(r"^job +(\d+),", told, re.MULTILINE)[0], job.run, told)
     later.await_end()
     assert later.begun == [1, stopped + 1]
     assert [line["step"] for line in metrics(later.run)] == list(range(1, STEPS + 1))
@@ -103,7 +133,8 @@ def test_no_more_requeues_than_allowed_and_the_same_command_goes_on(words: list[
 def test_where_requeueing_is_forbidden_the_job_submits_itself_anew(
     words: list[str], whole: Job, tmp_path: Path
 ) -> None:
-    job = submit(words, tmp_path / "run")
+    """And a follower goes with it, though the heir has begun before the follower sees the job's end."""
+    job, follower, shown = follow(words, tmp_path / "run")
     lab.slurm("scontrol", "update", f"JobId={job.id}", "Requeue=0")
     with job.frozen(9) as ranks:
         os.kill(ranks[1], signal.SIGTERM)
@@ -112,6 +143,9 @@ def test_where_requeueing_is_forbidden_the_job_submits_itself_anew(
     assert line.successor != job.id
     heir = Job(line.successor, job.run, "")
     heir.await_end()
+    assert follower.wait(timeout=60) == 0, shown.read_text()
+    assert f"job {job.id} goes on as job {heir.id}\n" in shown.read_text()
+    assert "it said nothing" not in shown.read_text()
     assert metrics(job.run) == metrics(whole.run)
     assert len(job.begun) == 2
     assert job.begun[1] == job.starts[1].step + 1
@@ -131,7 +165,7 @@ def test_where_nothing_can_be_asked_of_slurm_the_command_is_left(words: list[str
     assert verdict == "stop"
     assert "no scontrol on this machine" in why
     (command,) = re.findall(r"to go on: (cd .*)$", why)
-    assert command.startswith(f"cd {tmp_path} && vmamba submit data.train=")
+    assert re.match(rf"cd {tmp_path} && /.* submit data\.train=", command)
     assert f"vmamba: {why}" in job.output(0, "err")
     assert job.results() == [("error", why)]
 
@@ -180,6 +214,48 @@ def test_a_follower_leaves_the_job_alone_and_a_cancelled_job_stays_cancelled(
     assert verdict == "leave"
     assert why.startswith("ended from outside")
     assert job.saved[-1] == job.steps  # it saved before it went
+
+
+def test_a_controller_that_is_away_for_a_while_ends_nothing(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While it is away a start ends, and a follower asks: the job is requeued, and the follower stays.
+
+    Their scontrol has short waits: with the cluster's own a question takes 40 s to fail.
+    """
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    conf = Path(os.environ["SLURM_CONF"]).read_text()
+    hasty = re.sub(r"(?m)^(MessageTimeout|TCPTimeout|SlurmctldTimeout)=.*$", r"\1=2", conf)
+    (tools / "slurm.conf").write_text(hasty)
+    scontrol = tools / "scontrol"
+    scontrol.write_text(
+        f"#!/bin/sh\nSLURM_CONF='{tools / 'slurm.conf'}' exec {shutil.which('scontrol')} \"$@\"\n"
+    )
+    scontrol.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
+    job, follower, shown = follow(
+        [*words, *ONE, f"launch.setup=export PATH='{tools}':$PATH"], tmp_path / "run"
+    )
+    monkeypatch.undo()
+    with job.frozen(5) as ranks:
+        lab.cluster("stop-controller")
+        os.kill(ranks[0], signal.SIGUSR2)
+    try:
+        wait_until(lambda: "Slurm does not answer" in job.output(0, "err"), "the batch script to ask in vain")
+        time.sleep(20)  # longer than three tries
+        assert not job.ends
+        assert follower.poll() is None
+    finally:
+        lab.cluster("start-controller")
+    job.await_end()
+    assert restarts(job) == 1
+    assert job.ends[0] == ("go on", "asked to stop, saved")
+    assert follower.wait(timeout=60) == 0, shown.read_text()
+    assert (
+        "Slurm does not answer, asking again (slurm_load_jobs error: Unable to contact" in shown.read_text()
+    )
+    assert slurm.job_state("99999") is None
 
 
 def test_words_reach_slurm_as_they_are_written(words: list[str], digits: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import signal
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -27,8 +28,26 @@ def test_a_plan_lists_what_is_not_a_default_and_the_command() -> None:
     text = plan("submit", ["optim.lr=0.25", "launch.tasks_per_node=3", "run.dir=my runs/a"]).text()
     assert "  optim.lr=0.25" in text
     assert "3 processes" in text
-    assert "vmamba submit optim.lr=0.25 launch.tasks_per_node=3 'run.dir=my runs/a'" in text
+    assert " submit optim.lr=0.25 launch.tasks_per_node=3 'run.dir=my runs/a'" in text
     assert "weight_decay" not in text
+
+
+def test_the_command_to_go_on_with_runs_anywhere(tmp_path: Path) -> None:
+    """From another folder, in a shell on whose PATH the environment is not."""
+    words = ["optim.lr=0.25", f"run.dir={tmp_path / 'my runs'}"]
+    ours = plan("submit", words)
+    done = subprocess.run(
+        ["sh", "-c", f"{ours.command} --dry-run"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        cwd=tmp_path,
+        env={**os.environ, "PATH": "/usr/bin:/bin"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"run      {tmp_path / 'my runs'}\n" in done.stdout
+    assert "optim.lr=0.25" in done.stdout
 
 
 def test_a_tail_gives_each_whole_line_once(tmp_path: Path) -> None:

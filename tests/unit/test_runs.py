@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from vmamba_dist.checkpoint import store
-from vmamba_dist.cluster import status
+from vmamba_dist.cluster import ledger, status
 from vmamba_dist.config import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -161,3 +161,41 @@ def test_looking_loads_no_torch() -> None:
         "assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, timeout=60)
+
+
+def test_one_run_is_told_with_its_state_its_checkpoint_its_job_and_why_it_ended(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make(tmp_path / "run", steps=6, saved=4)
+    for restart, why in enumerate(
+        ("pre-empted, saved", "disk; 3 starts in a row have brought no new checkpoint")
+    ):
+        ledger.append(run, ledger.Line("begin", "s", "77", restart, 0))
+        ledger.append(
+            run, ledger.Line("end", "s", "77", restart, 4, verdict=("go on", "stop")[restart], why=why)
+        )
+    assert status.main([str(run)]) == 0
+    told = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert next(iter(told)) == "state"
+    assert told["state"].startswith("failed: disk; 3 starts in a row")
+    assert told["ended"].startswith("stop: disk")
+    assert (told["starts"], told["job"], told["trained"]) == ("2", "77", "step 6, loss 0.5000")
+    assert told["saved"].startswith("step 4, ")
+
+
+@pytest.mark.parametrize(
+    ("jobs", "state"),
+    [(None, "stopped"), ({}, "stopped"), ({"77": "PENDING"}, "queued"), ({"77": "RUNNING"}, "running")],
+)
+def test_starts_that_never_reached_training_are_starts(
+    jobs: dict[str, str] | None, state: str, tmp_path: Path
+) -> None:
+    folder = tmp_path / "slurm" / "s"
+    folder.mkdir(parents=True)
+    (folder / "77_submitted.pkl").write_bytes(b"")
+    for restart in range(2):
+        ledger.append(tmp_path, ledger.Line("begin", "s", "77", restart, 0))
+        ledger.append(tmp_path, ledger.Line("end", "s", "77", restart, 0, verdict="go on", why="no disk"))
+    found = status.record(tmp_path, jobs)
+    assert (found.state, found.attempts, found.job, found.last_end) == (state, 2, "77", "go on: no disk")
+    assert "go on: no disk" in status.text(tmp_path, jobs)

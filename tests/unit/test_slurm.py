@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -204,6 +205,25 @@ def test_auto_is_slurm_where_only_slurm_knows_what_is_asked() -> None:
     assert LaunchConfig(partition="gpu").on_slurm
     assert not LaunchConfig(partition="gpu", cluster="local").on_slurm
     assert LaunchConfig(cluster="slurm").on_slurm
+    for key, value in SLURMS.items():
+        assert LaunchConfig(**{key: value}).on_slurm
+
+
+SLURMS: dict[str, Any] = {"mem_gb": 4.0, "cpus_per_task": 2, "max_requeues": 0, "setup": "module load x"}
+
+
+@pytest.mark.parametrize("cluster", ["local", "debug"])
+@pytest.mark.parametrize("key", SLURMS)
+def test_what_only_slurm_reads_is_refused_by_name_where_there_is_none(key: str, cluster: Any) -> None:
+    with pytest.raises(ConfigError, match=f"launch.{key}=.*launch.cluster={cluster} does not read it"):
+        LaunchConfig(cluster=cluster, **{key: SLURMS[key]})
+    assert not LaunchConfig(cluster=cluster, preset="ours", **{key: SLURMS[key]}).on_slurm
+
+
+def test_a_time_limit_holds_here_and_not_in_this_process() -> None:
+    assert not LaunchConfig(cluster="local", time_limit_min=5).on_slurm
+    with pytest.raises(ConfigError, match=r"launch\.time_limit_min=5: .*debug does not read it"):
+        LaunchConfig(cluster="debug", time_limit_min=5)
 
 
 def test_a_limit_that_leaves_no_time_is_refused_with_the_numbers(tmp_path: Path) -> None:
@@ -214,11 +234,15 @@ def test_a_limit_that_leaves_no_time_is_refused_with_the_numbers(tmp_path: Path)
     for words, says in (
         (
             ["launch.time_limit_min=4"],
-            "a start takes 60 s.*=120 s before.*240 s of 240 s.*use 5 minutes or more",
+            "a start takes 60 s.*=120 s \\(two steps and the save\\) before.*240 s of 240 s.*use 5 minutes or more",
         ),
         (
             ["launch.time_limit_min=9", "launch.signal_delay_s=600"],
             "720 s of 540 s without training; use 13 min",
+        ),
+        (
+            ["launch.signal_delay_s=9"],
+            r"signal_delay_s=9: two steps and a save take longer.*use 10 s or more",
         ),
     ):
         with pytest.raises(ConfigError, match=says):

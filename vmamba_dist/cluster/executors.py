@@ -107,7 +107,8 @@ def submit(executor: SlurmExecutor, jobs: Sequence[Callable[[], Any]]) -> list[s
 def _submit(executor: SlurmExecutor, jobs: Sequence[Callable[[], Any]]) -> list[submitit.Job[Any]]:
     if slurm.call(["sbatch", "--version"]) is None:
         raise ConfigError(
-            "launch.cluster=slurm: there is no sbatch on this machine; use a login node, or local"
+            "launch.cluster=slurm, or auto beside a key of Slurm's: there is no sbatch on this machine; use a login "
+            "node, or launch.cluster=local without these keys"
         )
     try:
         # submitit prints what sbatch says when it fails, and raises it too: it is told once, below.

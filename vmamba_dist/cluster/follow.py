@@ -156,11 +156,19 @@ def watch_slurm(job: str, run: Path, log: Path, *, since: int) -> int:
     tail = Tail(log, since)
     told: tuple[str, str] | None = None
     ended = 0
+    away = False
     try:
         with progress_bar(None) as bar:
             while ended < 2:  # twice: a job that is requeued may look ended for a moment
-                state = slurm.job_state(job)
-                ended = ended + 1 if state is None or state.ended else 0
+                try:
+                    state = slurm.job_state(job)
+                    ended = ended + 1 if state is None or state.ended else 0
+                    away = False
+                except slurm.Unanswered as error:
+                    state, ended = None, 0
+                    if not away:
+                        print(f"job {job}: Slurm does not answer, asking again ({error})", flush=True)
+                    away = True
                 if state is not None and (state.state, state.reason) != told:
                     told = (state.state, state.reason)
                     because = "" if state.reason == "None" else f" ({state.reason})"
@@ -168,18 +176,24 @@ def watch_slurm(job: str, run: Path, log: Path, *, since: int) -> int:
                 for _ in range(_SLURM_POLLS):
                     _show(tail, bar)
                     time.sleep(_POLL_S)
-                last = ledger.last(run)
-                if last is not None and last.event == "resubmitted" and ended == 2:
-                    job, told, ended = last.successor, None, 0
+                # Not the last line: the heir may have begun meanwhile.
+                heirs = [line.successor for line in _lines(run, job) if line.event == "resubmitted"]
+                if heirs and ended == 2:
+                    print(f"job {job} goes on as job {heirs[-1]}", flush=True)
+                    job, told, ended = heirs[-1], None, 0
     except KeyboardInterrupt:
         print(f"job {job} goes on; to stop it: scancel {job}", flush=True)
         return 0
-    last = ledger.last(run)
+    last = next(reversed(_lines(run, job)), None)
     if last is not None and last.verdict == "done":
         return 0
     why = f"{last.verdict}: {last.why}" if last is not None and last.event == "end" else "it said nothing"
     print(f"vmamba: job {job} has ended: {why}; log: {log}", file=sys.stderr)
     return last.code if last is not None and last.code == MISUSED else FAILED
+
+
+def _lines(run: Path, job: str) -> list[ledger.Line]:
+    return [line for line in ledger.read(run) if line.job == job]
 
 
 def _signal(pid: int, number: signal.Signals) -> None:

@@ -35,7 +35,8 @@ from vmamba_dist.cluster.ledger import Line, fruitless_starts
 AGAIN = 75  # EX_TEMPFAIL: the batch script's exit code where the job goes on
 FRUITLESS = 3  # starts in a row without a new checkpoint: then the next would bring none either
 PICKLE_S = 60  # submitit writes it after sbatch has returned
-TRIES, PAUSE_S = 3, 5.0  # of a requeue, while the controller is away
+TRIES, PAUSE_S = 3, 5.0  # of a requeue that is refused
+PATIENCE_S = 15 * 60.0  # with a controller that does not answer: a restart or a fail-over is over by then
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,8 @@ def decide(
 ) -> Verdict:
     """Say what follows a start that ended with srun's exit `code` and its ranks' (outcome, message), the first first.
 
-    state: as the controller sees the job now, None where it cannot be asked. fruitless: starts in a row, this one
-    included, that brought no new checkpoint. slurm_requeues: what pre-emption does in the job's partition.
+    state: as the controller sees the job now, None where this machine has nothing to ask it with. fruitless: starts in
+    a row, this one included, that brought no new checkpoint. slurm_requeues: what pre-emption does in its partition.
     """
     said = dict(reversed(outcomes))  # the first that failed knows why
     if "finished" in said:
@@ -132,6 +133,12 @@ class Start:
         return next((line for line in self.lines() if (line.event, line.job, line.restart) == ours), None)
 
     @property
+    def has_begun(self) -> bool:
+        """False where the batch script came to its end before `begin`."""
+        ours = ("begin", self.slurm.key, self.slurm.restart)
+        return any((line.event, line.job, line.restart) == ours for line in self.lines())
+
+    @property
     def restarts(self) -> int:
         """Starts before this one; Slurm does not count those of jobs that this one was submitted anew from."""
         begun = sum(line.event == "begin" for line in self.lines())
@@ -176,7 +183,10 @@ def heard(start: Start) -> int:
 
     Ranks that save are not disturbed by a requeue at this point.
     """
-    state = slurm.job_state(start.slurm.key)
+    try:
+        state = slurm.job_state(start.slurm.key)
+    except slurm.Unanswered:
+        return 0  # `end` asks again, if it comes to that
     if state is not None and (state.out_of_time or (state.preempted and not state.running)):
         return end(start, 128 + signal.SIGTERM)
     return 0
@@ -187,10 +197,20 @@ def end(start: Start, code: int) -> int:
     before = start.decided
     if before is not None:
         return AGAIN if before.verdict == "go on" else before.code
-    state = slurm.job_state(start.slurm.key)
+    outcomes = read_outcomes(start)
+    if not start.has_begun:
+        # launch.setup ended the script, perhaps because Python needs it: it counts as a start all the same.
+        begin(start)
+        outcomes = [("failed", f"launch.setup ended the script with code {code}, before training")]
+    until = time.monotonic() + PATIENCE_S
+    settled = {"finished", "misused"} & {outcome for outcome, _ in outcomes}
+    try:
+        state = None if settled else patient_state(start.slurm.key, until)
+    except slurm.Unanswered as error:  # it may have been cancelled: that is not gone against blindly
+        return stop(start, f"Slurm did not answer for {PATIENCE_S / 60:.0f} minutes ({error})")
     verdict = decide(
         code,
-        read_outcomes(start),
+        outcomes,
         state,
         fruitless_starts(start.lines(), start.step),
         start.restarts,
@@ -200,18 +220,35 @@ def end(start: Start, code: int) -> int:
     start.note("end", code=verdict.code or code, verdict=verdict.kind, why=verdict.why, counts=verdict.counts)
     print(f"vmamba: {verdict.kind}: {verdict.why} (step {start.step})", file=sys.stderr, flush=True)
     if verdict.kind == "go on":
-        return go_on(start)
+        return go_on(start, until)
     if verdict.kind == "stop":
         tell_client(start, verdict.why)
     return verdict.code
 
 
-def go_on(start: Start) -> int:
-    """Requeue this job under its id; where that is not allowed submit it anew; else leave the command to."""
+def patient_state(key: str, until: float) -> slurm.JobState | None:
+    """The job's state, asked for again while nobody answers. Raises Unanswered after `until` (time.monotonic)."""
+    told = False
+    while True:
+        try:
+            return slurm.job_state(key)
+        except slurm.Unanswered as error:
+            if time.monotonic() > until:
+                raise
+            if not told:
+                print(f"vmamba: Slurm does not answer, asking again ({error})", file=sys.stderr, flush=True)
+            told = True
+        time.sleep(PAUSE_S)
+
+
+def go_on(start: Start, until: float) -> int:
+    """Requeue this job under its id; where that is not allowed submit it anew; else leave the command to.
+
+    A controller that is away is asked again, until `until` (time.monotonic).
+    """
     refusal = "there is no scontrol on this machine"
-    for attempt in range(TRIES):
-        if attempt:
-            time.sleep(PAUSE_S)
+    refused = 0
+    while refused < TRIES:
         told = slurm.call(["scontrol", "requeue", start.slurm.key])
         if told is None:
             break
@@ -220,8 +257,15 @@ def go_on(start: Start) -> int:
         refusal = slurm.complaint(told.stderr)
         if "disabled" in refusal:
             break
-        if _is_requeued(slurm.job_state(start.slurm.key)):
-            return AGAIN  # which ended the scontrol that asked for it
+        refused += not slurm.is_away(told)
+        try:
+            if _is_requeued(patient_state(start.slurm.key, until)):
+                return AGAIN  # which ended the scontrol that asked for it
+        except slurm.Unanswered:
+            break
+        if time.monotonic() > until:
+            break
+        time.sleep(PAUSE_S)
     return resubmit(start, refusal)
 
 
@@ -241,11 +285,8 @@ def resubmit(start: Start, refusal: str) -> int:
     told = slurm.call([*words, str(script)], environment=slurm.without_job(os.environ))
     if told is None or told.returncode != 0:
         said = "there is no sbatch" if told is None else slurm.complaint(told.stderr)
-        why = f"cannot be requeued ({refusal}) nor submitted anew ({said}); to go on: {start.job.command}"
-        start.note("end", code=1, verdict="stop", why=why)
-        print(f"vmamba: {why}", file=sys.stderr, flush=True)
-        tell_client(start, why)
-        return 1
+        why = f"cannot be requeued ({refusal}) nor submitted anew ({said})"
+        return stop(start, why)
     job = told.stdout.strip().partition(";")[0]
     key = f"{job}_{element}" if element else job
     shutil.copyfile(start.paths(0).submitted_pickle, JobPaths(start.folder, key).submitted_pickle)
@@ -253,6 +294,15 @@ def resubmit(start: Start, refusal: str) -> int:
     start.note("resubmitted", successor=key, why=f"it cannot be requeued: {refusal}")
     print(f"vmamba: goes on as job {key}: {refusal}", file=sys.stderr, flush=True)
     return AGAIN
+
+
+def stop(start: Start, why: str) -> int:
+    """Say why nothing follows, and the command to go on with; return the batch script's exit code."""
+    why = f"{why}; to go on: {start.job.command}"
+    start.note("end", code=1, verdict="stop", why=why)
+    print(f"vmamba: {why}", file=sys.stderr, flush=True)
+    tell_client(start, why)
+    return 1
 
 
 def tell_client(start: Start, why: str) -> None:

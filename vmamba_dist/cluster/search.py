@@ -14,7 +14,6 @@ import difflib
 import hashlib
 import json
 import math
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -23,6 +22,7 @@ from typing import Any
 from vmamba_dist.cluster import status
 from vmamba_dist.cluster.follow import REQUEUE
 from vmamba_dist.cluster.points import Point, check_key, plan, point, write
+from vmamba_dist.cluster.submit import command_line
 from vmamba_dist.cluster.sweep import PointResult, check_runs, run_points
 from vmamba_dist.config import Config, ConfigError, digest, load, load_beside, to_dict, to_yaml
 
@@ -154,7 +154,7 @@ def main(words: Sequence[str]) -> int:
     check_runs(planned)
     print(_in_words(search, len(trials), base), flush=True)
     small = search.metric.endswith("loss")
-    command = shlex.join(["vmamba", "search", *words])
+    command = command_line("search", words)
     out: list[Standing] = []
     for rung in (*search.rungs, None):
         results = run_points(

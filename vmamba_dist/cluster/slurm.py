@@ -29,6 +29,17 @@ ENDED = {
 }
 
 
+# How a client says that the controller, or the way to it, is away; another try may find it back.
+_AWAY = re.compile(
+    r"Unable to contact slurm controller|Unexpected message received|Socket timed out|did not answer within|"
+    r"Zero Bytes were transmitted|Connection refused|Communication connection failure|standby mode"
+)
+
+
+class Unanswered(RuntimeError):
+    """The controller could not be asked: nothing is known, least of all that a job has ended."""
+
+
 @dataclass(frozen=True)
 class JobState:
     """A job as the controller sees it."""
@@ -53,12 +64,19 @@ class JobState:
 
 
 def job_state(job: str) -> JobState | None:
-    """The state of a job or of an array's element; None where Slurm does not know it, or no longer."""
+    """The state of a job or of an array's element; None where Slurm does not know it, or no longer, or is not here.
+
+    Raises Unanswered where it could not be asked.
+    """
     question = ["scontrol", "show", "job", job]
     told = call(question)
     if told is not None and told.returncode < 0:  # it died of SIGPIPE, as seen where the controller is busy
         told = call(question)
-    return parse_job(told.stdout) if told is not None and told.returncode == 0 else None
+    if told is None or "Invalid job id" in told.stderr:
+        return None
+    if told.returncode != 0:
+        raise Unanswered(complaint(told.stderr))
+    return parse_job(told.stdout)
 
 
 def parse_job(text: str) -> JobState | None:
@@ -88,7 +106,13 @@ def preemption_requeues(partition: str) -> bool:
 
 
 def limit_min(partition: str) -> int | None:
-    """The longest time limit of a partition, "" for the default one, in minutes; None: unlimited, or not known."""
+    """The longest time limit of a partition, "" for the default one, in minutes; None: unlimited, or not known.
+
+    Of a list of partitions, A,B, the longest of them all: that one may take the job.
+    """
+    if "," in partition:
+        limits = [limit_min(one) for one in partition.split(",") if one]
+        return None if None in limits else max((limit for limit in limits if limit is not None), default=None)
     told = call(["scontrol", "-o", "show", "partition", *([partition] if partition else [])])
     for line in told.stdout.splitlines() if told is not None and told.returncode == 0 else ():
         found = re.search(r"\bMaxTime=(?:(\d+)-)?(\d+):(\d+):(\d+)", line)
@@ -118,6 +142,11 @@ def call(
         return subprocess.CompletedProcess(
             list(line), 124, "", f"{line[0]} did not answer within {TIMEOUT_S} s"
         )
+
+
+def is_away(told: subprocess.CompletedProcess[str]) -> bool:
+    """True where a program failed because it did not reach the controller, or had no answer from it."""
+    return told.returncode != 0 and _AWAY.search(told.stderr) is not None
 
 
 def without_job(environment: Mapping[str, str]) -> dict[str, str]:

@@ -49,11 +49,12 @@ class RunRecord:
     samples_per_s: float | None = None
     checkpoint: int | None = None  # step of the newest one
     checkpoint_age_s: float | None = None
-    attempts: int = 0  # starts; a requeue is one more
+    attempts: int = 0  # starts, those too that ended before training; a requeue is one more
     job: str = ""
     evaluation: Mapping[str, float] = field(default_factory=dict)  # at the newest checkpoint that has one
     began: Mapping[str, Any] | None = None  # {checkpoint, step} of another run that this one began in
     note: str = ""
+    last_end: str = ""  # on Slurm: what was said of the last start's end, and why
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:
@@ -72,15 +73,31 @@ def throughput(lines: Sequence[dict[str, Any]]) -> float | None:
     return statistics.median(rates) if rates else None
 
 
-def text(run: Path) -> str:
-    """The run in a few lines: how far, how fast, where, how to look at it and how to remove it."""
+def text(run: Path, jobs: Mapping[str, str] | None = None) -> str:
+    """The run in a few lines: how it stands and why, how far, how fast, where, how to look at it and how to remove it.
+
+    jobs: what `queue` returned.
+    """
     lines = metrics(run)
     last = lines[-1] if lines else {}
     rate = throughput(lines)
     speed = "" if rate is None else f"{rate:.0f} samples/s"
     where = f"step {last['step']}, {_loss(last['loss'])}" if lines else "no step yet"
+    found = record(run, jobs)
+    age = "" if found.checkpoint_age_s is None else f", {_span(found.checkpoint_age_s)} ago"
     look = f"{_beside_python('tensorboard')} --logdir {run / 'tensorboard'}"
-    rows = {"trained": where, "speed": speed, "run": str(run), "look": look, "remove": f"rm -r {run}"}
+    rows = {
+        "state": f"{found.state}: {found.note}" if found.note else found.state,
+        "ended": "" if found.last_end == found.note else found.last_end,
+        "starts": str(found.attempts),
+        "job": found.job,
+        "saved": "" if found.checkpoint is None else f"step {found.checkpoint}{age}",
+        "trained": where,
+        "speed": speed,
+        "run": str(run),
+        "look": look,
+        "remove": f"rm -r {run}",
+    }
     return "\n".join(f"{key:<8} {value}" for key, value in rows.items() if value)
 
 
@@ -192,8 +209,9 @@ def job_of(run: Path) -> str:
 
 def record(run: Path, jobs: Mapping[str, str] | None = None) -> RunRecord:
     """Look at one run; `jobs` is what `queue` returned."""
-    starts = attempts(run)
     last = last_attempt(run)
+    told = ledger.read(run)
+    end = next((line for line in reversed(told) if line.event == "end"), None)
     meta, lines = newest(run), tail(run)
     line = lines[-1] if lines else {}
     state, note = _state(run, last, meta, int(line.get("step", 0)), jobs)
@@ -207,12 +225,21 @@ def record(run: Path, jobs: Mapping[str, str] | None = None) -> RunRecord:
         samples_per_s=throughput(lines),
         checkpoint=meta.step if meta else None,
         checkpoint_age_s=_age(store.directory(run / "checkpoints", meta.step)) if meta else None,
-        attempts=len(starts),
+        attempts=_starts(run, told),
         job=last.job if last else job_of(run),
         evaluation=_evaluation(lines, meta),
         began=meta.extra.get("began") if meta else None,
         note=note,
+        last_end=f"{end.verdict}: {end.why}" if end else "",
     )
+
+
+def _starts(run: Path, told: Sequence[ledger.Line]) -> int:
+    begun = [
+        line for line in told if line.event == "begin"
+    ]  # before training, which may not have been reached
+    on_slurm = {line.job for line in begun}
+    return len(begun) + sum(attempt.job not in on_slurm for attempt in attempts(run))
 
 
 def _state(
@@ -243,13 +270,19 @@ def _state(
         return "stopped", "saved; the same command goes on"
     if last is not None:
         return "failed", f"ended without a save, killed or crashed: {run / 'train.log'}"
+    if line is not None:  # no start has reached training
+        why = (
+            f"{line.verdict}: {line.why}" if line.event == "end" else "the last start has not ended in order"
+        )
+        return "stopped", f"before training; {why}"
     return "new", ""
 
 
 def stopped_for(run: Path, last: Attempt | None) -> str:
     """Why the run's last start on Slurm was its last one; "" where it may go on, or was never there."""
     line = ledger.last(run)
-    if line is None or line.verdict != "stop" or (last is not None and line.at < last.started):
+    # The ledger's times are whole seconds.
+    if line is None or line.verdict != "stop" or (last is not None and line.at[:19] < last.started[:19]):
         return ""
     return line.why or f"exit code {line.code}"
 
@@ -330,7 +363,7 @@ def main(words: Sequence[str]) -> int:
             raise ConfigError(f"{path}: no run directory there")
     runs = [run for path in paths for run in find_runs(path)]
     if "--json" not in words and len(paths) == 1 and len(words) == 1 and runs == paths:
-        print(text(paths[0]))
+        print(text(paths[0], queue()))
         return 0
     jobs = queue()
     records = [record(run, jobs) for run in runs]

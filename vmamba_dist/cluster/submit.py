@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import os
 import shlex
+import sys
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -30,6 +31,7 @@ from vmamba_dist.models.variants import configured, describe
 LOG = "train.log"
 # What a start on Slurm spends of its time limit beside training.
 START_S = 60  # until the first step: a launch, imports, a checkpoint to load
+SAVE_S = 10  # two steps and a save of a small model: nothing needs less
 EARLY_S = 60  # by which Slurm's warning may come before it was asked for
 
 
@@ -74,10 +76,17 @@ def plan(verb: str, words: Sequence[str]) -> Plan:
         if config.precision.device == "cpu":
             raise ConfigError("precision.device=cpu beside launch.gpus_per_node: take one of them away")
         config = replace(config, precision=replace(config.precision, device="cuda"))
-    intent = Plan(config, shlex.join(["vmamba", verb, *words]))
+    intent = Plan(config, command_line(verb, words))
     if config.launch.tasks > 1 and (verb == "train" or not config.launch.on_slurm):
         _check_rendezvous(intent)
     return intent
+
+
+def command_line(verb: str, words: Sequence[str]) -> str:
+    """`vmamba VERB …` for a shell on whose PATH this environment is not, as it is on most compute nodes."""
+    script = Path(sys.executable).with_name("vmamba")
+    program = [str(script)] if script.exists() else [sys.executable, "-m", "vmamba_dist.cli"]
+    return shlex.join([*program, verb, *words])
 
 
 def main(words: Sequence[str], *, estimate: Callable[[Config], Mapping[str, str]] | None = None) -> int:
@@ -115,6 +124,11 @@ def for_slurm(intent: Plan) -> Plan:
     executors.check_path(intent.run_dir)
     _check_start(config)
     launch = config.launch
+    if launch.signal_delay_s < SAVE_S:
+        raise ConfigError(
+            f"launch.signal_delay_s={launch.signal_delay_s}: two steps and a save take longer, and what is not saved "
+            f"by the limit is lost; use {SAVE_S} s or more"
+        )
     if launch.time_limit_min is not None:
         _check_limit(launch.time_limit_min, launch.signal_delay_s, launch.partition)
     launch = replace(launch, cpus_per_task=launch.cpus_per_task or 1 + config.data.workers)
@@ -137,8 +151,8 @@ def _check_limit(limit: int, signal_delay_s: int, partition: str) -> None:
     if 60 * limit <= needed:
         raise ConfigError(
             f"launch.time_limit_min={limit}: a start takes {START_S} s, and the word to save comes "
-            f"launch.signal_delay_s={signal_delay_s} s before the limit and up to {EARLY_S} s earlier: {needed} s of "
-            f"{60 * limit} s without training; use {needed // 60 + 1} minutes or more"
+            f"launch.signal_delay_s={signal_delay_s} s (two steps and the save) before the limit and up to {EARLY_S} s "
+            f"earlier: {needed} s of {60 * limit} s without training; use {needed // 60 + 1} minutes or more"
         )
     most = slurm.limit_min(partition)
     if most is not None and limit > most:

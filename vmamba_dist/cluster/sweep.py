@@ -37,6 +37,7 @@ from typing import Any
 
 from vmamba_dist.cluster import arrays, status
 from vmamba_dist.cluster.follow import REQUEUE, Requests
+from vmamba_dist.cluster.job import code_folder
 from vmamba_dist.cluster.points import (
     RECORDS,
     Branch,
@@ -497,7 +498,7 @@ def main(words: Sequence[str]) -> int:
         print(status.table([("point", "state", "config"), *rows]))
         print(f"\n{len(points)} points, {parallel} at a time, below {folder}")
         return 0
-    command = shlex.join(["python", "launch/sweep.py", *words])
+    command = shlex.join([sys.executable, str(code_folder() / "launch" / "sweep.py"), *words])
     follow = not base.launch.on_slurm or "--follow" in flags or base.launch.follow is True
     results = run_points(points, base=base, folder=folder, parallel=parallel, command=command, follow=follow)
     print(f"\n{overview(results)}\n\nresults  {folder / 'results.csv'}")

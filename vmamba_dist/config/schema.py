@@ -512,6 +512,10 @@ class TelemetryConfig:
         _require(self.peak_tflops >= 0, "telemetry.peak_tflops", self.peak_tflops, "use 0 or more")
 
 
+# Keys of launch that nothing but a Slurm job reads, beside those that name a part of the cluster.
+_SLURM_READS = ("mem_gb", "cpus_per_task", "max_requeues", "setup")
+
+
 @dataclass(frozen=True)
 class LaunchConfig:
     """Where `launch/submit.py` runs the job, and with what."""
@@ -592,11 +596,24 @@ class LaunchConfig:
                 number is None or number >= least, f"launch.{key}", number, f"use {least} or more, or null"
             )
 
+        # A preset is written for Slurm, and may be tried here; what somebody asks for by name is not let fall.
+        unread = [key for key in _SLURM_READS if getattr(self, key) not in (None, "")]
+        if self.cluster == "debug" and self.time_limit_min is not None:
+            unread.append("time_limit_min")
+        if self.cluster in ("local", "debug") and not self.preset and unread:
+            _require(
+                False,
+                f"launch.{unread[0]}",
+                getattr(self, unread[0]),
+                f"launch.cluster={self.cluster} does not read it: leave it out, or use launch.cluster=slurm",
+            )
+
     @property
     def on_slurm(self) -> bool:
         """True where the job goes to Slurm: named, or implied by what only Slurm knows."""
-        slurms = (self.preset, self.partition, self.account, self.qos, self.constraint, self.exclude)
-        return self.cluster == "slurm" or (self.cluster == "auto" and (self.nodes > 1 or any(slurms)))
+        keys = ("preset", "partition", "account", "qos", "constraint", "exclude", *_SLURM_READS)
+        asked = self.nodes > 1 or any(getattr(self, key) not in (None, "") for key in keys)
+        return self.cluster == "slurm" or (self.cluster == "auto" and asked)
 
     @property
     def tasks(self) -> int:

@@ -8,7 +8,6 @@ left, and runs nothing of the search again. Run again after any kind of end, it 
 from __future__ import annotations
 
 import json
-import shlex
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -17,6 +16,7 @@ from vmamba_dist.cluster import points as sweep_points
 from vmamba_dist.cluster import status
 from vmamba_dist.cluster.follow import REQUEUE
 from vmamba_dist.cluster.points import write
+from vmamba_dist.cluster.submit import command_line
 from vmamba_dist.cluster.sweep import PointResult, exit_code, gather, overview, run_points, take_parallel
 from vmamba_dist.config import Config, ConfigError, load_beside
 from vmamba_dist.data.index import INFO
@@ -42,7 +42,7 @@ def main(words: Sequence[str]) -> int:
         )
     study = plan_study(cfg)
     check_data(cfg)
-    command = shlex.join(["vmamba", "study", "run", *words])
+    command = command_line("study", ["run", *words])
 
     if recorded(study) is None:
         searched = run(study, study.search, parallel=parallel, command=command)
