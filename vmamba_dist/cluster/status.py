@@ -270,11 +270,11 @@ def _state(
         return "stopped", "saved; the same command goes on"
     if last is not None:
         return "failed", f"ended without a save, killed or crashed: {run / 'train.log'}"
+    line = ledger.last(run)
     if line is not None:  # no start has reached training
-        why = (
-            f"{line.verdict}: {line.why}" if line.event == "end" else "the last start has not ended in order"
-        )
-        return "stopped", f"before training; {why}"
+        ended = line.event == "end"
+        told = f"{line.verdict}: {line.why}" if ended else "the last start has not ended in order"
+        return "stopped", f"before training; {told}"
     return "new", ""
 
 
