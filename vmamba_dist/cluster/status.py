@@ -352,6 +352,16 @@ def _span(seconds: float) -> str:
     return f"{seconds:.0f} s"
 
 
+def _queue_for(runs: Sequence[Path]) -> dict[str, str] | None:
+    """The queue, where one of the runs has been there: a machine may have Slurm's commands and no cluster."""
+    return queue() if any(_was_submitted(run) for run in runs) else None
+
+
+def _was_submitted(run: Path) -> bool:
+    in_array = (run.parent / "points" / f"{run.name}.job").exists()
+    return in_array or any(run.glob("slurm/*/*_submission.sh")) or ledger.last(run) is not None
+
+
 def main(words: Sequence[str]) -> int:
     """Say how runs are: a table of those at or below the folders named, or all about the one run named."""
     paths = [Path(word) for word in words if word != "--json"]
@@ -363,9 +373,9 @@ def main(words: Sequence[str]) -> int:
             raise ConfigError(f"{path}: no run directory there")
     runs = [run for path in paths for run in find_runs(path)]
     if "--json" not in words and len(paths) == 1 and len(words) == 1 and runs == paths:
-        print(text(paths[0], queue()))
+        print(text(paths[0], _queue_for(runs)))
         return 0
-    jobs = queue()
+    jobs = _queue_for(runs)
     records = [record(run, jobs) for run in runs]
     if "--json" in words:
         print(json.dumps([asdict(found) for found in records], indent=1))
