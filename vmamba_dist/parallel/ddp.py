@@ -8,7 +8,7 @@ after the first backward would change it after a resume at three or more ranks (
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
 import torch
@@ -18,16 +18,16 @@ from torch.nn.parallel import DistributedDataParallel
 from vmamba_dist.core.dist import World
 from vmamba_dist.core.precision import autocast
 from vmamba_dist.objectives.base import Inputs, LossTerms
-from vmamba_dist.parallel.engine import Update
+from vmamba_dist.parallel.engine import LiveTensors, Update
 
 
-class DdpEngine:
+class DdpEngine(LiveTensors):
     """The engine seam over DistributedDataParallel; with one process, over the bare module."""
 
     def __init__(
         self, module: nn.Module, optimizer: torch.optim.Optimizer, world: World, compute: torch.dtype
     ) -> None:
-        self._module = module
+        super().__init__(module)
         self._optimizer = optimizer
         self._compute = compute
         self._device = world.device
@@ -42,10 +42,6 @@ class DdpEngine:
                 find_unused_parameters=True,
             )
         self._names = {p: n for n, p in module.named_parameters() if p.requires_grad}
-
-    @property
-    def module(self) -> nn.Module:
-        return self._module
 
     def __call__(self, inputs: Inputs) -> LossTerms:
         run = self._ddp if self._ddp is not None else self._module
@@ -78,23 +74,8 @@ class DdpEngine:
         for group in self._optimizer.param_groups:
             group["lr"] = lr
 
-    def weights(self) -> dict[str, Tensor]:
-        return dict(self._module.state_dict(keep_vars=True))
-
-    def canonical(self, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return dict(held)
-
-    def take(self, held: Mapping[str, Tensor], canonical: Mapping[str, Tensor]) -> None:
-        pass  # a checkpoint filled the live tensors themselves
-
     def state(self) -> dict[str, Tensor]:
         tensors = {f"model.{name}": t for name, t in self._module.state_dict().items()}
         for p, name in self._names.items():
             tensors |= {f"optim.{name}.{key}": value for key, value in self._optimizer.state[p].items()}
         return tensors
-
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
-        pass  # a checkpoint filled the live tensors themselves
-
-    def close(self) -> None:
-        pass  # all of it is the module's

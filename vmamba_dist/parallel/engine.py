@@ -79,3 +79,32 @@ class Engine(Protocol):
     def close(self) -> None:
         """Let go of the module and of what the engine has set up in the process; nothing can be asked afterwards."""
         ...
+
+
+class LiveTensors:
+    """The half of an engine that deals with checkpoints, where what one is made of are the live tensors themselves.
+
+    `state()` and `canonical()` hand them out, and a checkpoint that is loaded fills them: nothing remains to be done.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+
+    @property
+    def module(self) -> nn.Module:
+        return self._module
+
+    def weights(self) -> dict[str, Tensor]:
+        return dict(self._module.state_dict(keep_vars=True))
+
+    def canonical(self, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return dict(held)
+
+    def take(self, held: Mapping[str, Tensor], canonical: Mapping[str, Tensor]) -> None:
+        """Nothing is left to copy: `canonical` gave out the tensors of `held`."""
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Nothing is left to copy: `state` gave out the live tensors."""
+
+    def close(self) -> None:
+        """Nothing is left to let go of: weights are the module's, and a mesh's groups end with the process group."""

@@ -11,7 +11,7 @@ comes out of that same all-reduce. Clipping and AdamW are element by element: th
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, cast
@@ -37,7 +37,7 @@ from vmamba_dist.models.vmamba import Stage, VMamba
 from vmamba_dist.objectives.base import Inputs, LossTerms
 from vmamba_dist.objectives.classify import Classify
 from vmamba_dist.optim.groups import build_adamw
-from vmamba_dist.parallel.engine import Update
+from vmamba_dist.parallel.engine import LiveTensors, Update
 from vmamba_dist.parallel.materialise import local
 
 _RECURRENCE = ("A_logs", "Ds", "dt_projs_bias")
@@ -108,13 +108,13 @@ def _offload(mesh: DeviceMesh, cpu_offload: bool) -> OffloadPolicy:
     return CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if cpu_offload else OffloadPolicy()
 
 
-class FsdpEngine:
+class FsdpEngine(LiveTensors):
     """The engine seam over FSDP2, on a materialised objective whose backbone `shard` has sharded."""
 
     def __init__(
         self, module: Classify, optim: OptimConfig, world: World, mesh: DeviceMesh, compute: torch.dtype
     ) -> None:
-        self._module = module
+        super().__init__(module)
         self._root = cast(FSDPModule, module.backbone)
         self._world = world
         self._compute = compute
@@ -137,10 +137,6 @@ class FsdpEngine:
                 sharded = name in self._sharded and value.ndim > 0
                 moment = torch.zeros_like(self._sharded[name]) if sharded else value
                 self._moments[name][key], state[key] = moment, local(moment)
-
-    @property
-    def module(self) -> nn.Module:
-        return self._module
 
     def __call__(self, inputs: Inputs) -> LossTerms:
         with autocast(self._world.device, self._compute):
@@ -195,26 +191,11 @@ class FsdpEngine:
             for group in optimizer.param_groups:
                 group["lr"] = lr
 
-    def weights(self) -> dict[str, Tensor]:
-        return dict(self._module.state_dict(keep_vars=True))
-
-    def canonical(self, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return dict(held)
-
-    def take(self, held: Mapping[str, Tensor], canonical: Mapping[str, Tensor]) -> None:
-        pass  # a checkpoint filled the live tensors themselves
-
     def state(self) -> dict[str, Tensor]:
         tensors = {f"model.{name}": t.detach() for name, t in self.weights().items()}
         for name, moments in self._moments.items():
             tensors |= {f"optim.{name}.{key}": value for key, value in moments.items()}
         return tensors
-
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
-        pass  # a checkpoint filled the live tensors themselves
-
-    def close(self) -> None:
-        pass  # the weights are the module's, and the mesh's groups go with the process group
 
 
 def _tensors(optimizer: torch.optim.Optimizer) -> list[Tensor]:
