@@ -30,6 +30,7 @@ from vmamba_dist.core.dist import World
 from vmamba_dist.core.dist import world as joined
 
 STEPS = 20
+BF16 = "precision.compute=bfloat16"
 TOLERANCE = 1e-5  # of a loss, in float32
 # Of a loss, in bfloat16: a sum taken in another order moves a weight by 1e-7, and now and then that decides how a
 # product rounds. Measured over 20 steps at 1 to 4 ranks: 1.7e-3 to 2.9e-3, DDP and FSDP alike.

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from distributed.equivalence import (
     BATCH,
+    BF16,
     BF16_EMA_TOLERANCE,
     BF16_NORM_TOLERANCE,
     BF16_TOLERANCE,
@@ -36,7 +37,6 @@ from distributed.equivalence import (
 from distributed.micro import metrics, train, words
 from distributed.world import world
 from vmamba_dist.checkpoint.convert import convert
-from vmamba_dist.data.shards import pack
 from vmamba_dist.parallel.zero_config import load_engine
 
 pytestmark = [
@@ -48,7 +48,6 @@ pytestmark = [
     ),
 ]
 SLOW = pytest.mark.slow
-BF16 = "precision.compute=bfloat16"
 STAGES = (1, 2, 3)
 
 
@@ -60,33 +59,6 @@ ENGINES = {
     **{name: by_engine(name) for name in ("ddp", "fsdp", "hsdp")},
     **{f"zero{stage}": zero(stage) for stage in STAGES},
 }
-
-
-@pytest.fixture(scope="module")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("digits") / "set"
-    pack("digits", folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def one(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What all are compared with: the run of one process, a step a micro-batch."""
-    run_dir = tmp_path_factory.mktemp("alone") / "run"
-    learned(digits, run_dir, 1)
-    return run_dir
-
-
-@pytest.fixture(scope="module")
-def one_in_bf16(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    run_dir = tmp_path_factory.mktemp("alone") / "run"
-    learned(digits, run_dir, 1, BF16)
-    return run_dir
-
-
-@pytest.fixture(scope="module")
-def alone(one: Path) -> Lines:
-    return metrics(one)
 
 
 # micro 16: a step is one micro-batch of each of two ranks; 4: it is four.

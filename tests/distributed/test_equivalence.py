@@ -10,6 +10,7 @@ import pytest
 
 from distributed.equivalence import (
     BATCH,
+    BF16,
     BF16_EMA_TOLERANCE,
     BF16_NORM_TOLERANCE,
     BF16_TOLERANCE,
@@ -26,43 +27,9 @@ from distributed.equivalence import (
 )
 from distributed.micro import metrics, train, words
 from distributed.world import world
-from vmamba_dist.data.shards import pack
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
 SLOW = pytest.mark.slow
-BF16 = "precision.compute=bfloat16"
-
-
-@pytest.fixture(scope="module")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("digits") / "set"
-    pack("digits", folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def one(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What all are compared with: the run of one process, a step a micro-batch."""
-    run_dir = tmp_path_factory.mktemp("alone") / "run"
-    learned(digits, run_dir, 1)
-    return run_dir
-
-
-@pytest.fixture(scope="module")
-def one_in_bf16(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    run_dir = tmp_path_factory.mktemp("alone") / "run"
-    learned(digits, run_dir, 1, BF16)
-    return run_dir
-
-
-@pytest.fixture(scope="module")
-def alone(one: Path) -> Lines:
-    return metrics(one)
-
-
-@pytest.fixture(scope="module")
-def alone_in_bf16(one_in_bf16: Path) -> Lines:
-    return metrics(one_in_bf16)
 
 
 def test_the_run_learns_and_mixes(alone: Lines, alone_in_bf16: Lines) -> None:

@@ -235,9 +235,8 @@ def record(run: Path, jobs: Mapping[str, str] | None = None) -> RunRecord:
 
 
 def _starts(run: Path, told: Sequence[ledger.Line]) -> int:
-    begun = [
-        line for line in told if line.event == "begin"
-    ]  # before training, which may not have been reached
+    # "begin" comes before training, which may not have been reached.
+    begun = [line for line in told if line.event == "begin"]
     on_slurm = {line.job for line in begun}
     return len(begun) + sum(attempt.job not in on_slurm for attempt in attempts(run))
 

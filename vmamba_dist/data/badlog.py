@@ -13,15 +13,14 @@ import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
+from vmamba_dist.core.lines import WaitingLines
 from vmamba_dist.data.batch import BadSample
 
 log = logging.getLogger(__name__)
 
 
-class BadLog:
+class BadLog(WaitingLines):
     """Appends to bad.jsonl, and knows what earlier attempts wrote there."""
 
     def __init__(self, path: Path) -> None:
@@ -31,19 +30,13 @@ class BadLog:
         self._waiting = b""  # whole lines; data.max_bad_fraction bounds them
         self._failing = False
 
-    def __enter__(self) -> Self:
-        return self
+    @property
+    def num_waiting(self) -> int:
+        return self._waiting.count(b"\n")
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        try:
-            self.sync()
-        except OSError as failure:
-            if error is None:
-                raise
-            # `error` is what ended the run
-            log.error("%d lines were not written: %s", self._waiting.count(b"\n"), failure)
+    def close(self) -> None:
+        """Write what waits; the file is not held open. Raises OSError where it cannot be written."""
+        self.sync()
 
     def note(self, found: Sequence[BadSample]) -> None:
         """Write what is new, and say it in the log; where there is no room it is written later."""

@@ -13,8 +13,7 @@ import resource
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from vmamba_dist.core.dist import World
 from vmamba_dist.core.gpus import peak_tflops_of
+from vmamba_dist.core.lines import WaitingLines
 from vmamba_dist.core.rundir import sync_directory
 from vmamba_dist.parallel.engine import Update
 from vmamba_dist.train.probe import Probe
@@ -110,9 +110,8 @@ class Meter:
         host[0], host[1] = bad, stop
         host[2 + rank], host[2 + size + rank] = waited, self._progress.own_time()
         if self._probe is not None:
-            host[2 + 2 * size + rank] = (
-                self._probe.read()
-            )  # as the step before, it has ended: its loss was read
+            # As the step before, it has ended: its loss was read.
+            host[2 + 2 * size + rank] = self._probe.read()
             self._probe.run(step)
         sums = torch.cat([loss.reshape(1), host.to(device, non_blocking=True)])
         work = dist.all_reduce(sums, async_op=True) if dist.is_initialized() else None
@@ -169,7 +168,7 @@ def memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-class MetricsLog:
+class MetricsLog(WaitingLines):
     """metrics.jsonl: one JSON object a step. Lines wait in memory while they cannot be written."""
 
     MOST_BYTES = 2**24  # that wait; about 40,000 steps
@@ -185,20 +184,9 @@ class MetricsLog:
         self._written = 0  # so many bytes have been written, perhaps a part of a line
         self._failing = False
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        try:
-            self.close()
-        except OSError as failure:
-            if error is None:
-                raise
-            log.error(
-                "%d lines were not written: %s", self._num_waiting(), failure
-            )  # `error` is what ended the run
+    @property
+    def num_waiting(self) -> int:
+        return self._lines.count(b"\n", self._written)
 
     def write(self, line: dict[str, Any]) -> None:
         """Append a line; where there is no room it is written with a later one. Raises OSError past MOST_BYTES."""
@@ -224,9 +212,8 @@ class MetricsLog:
             self._write()
             os.fsync(self._file)
         except OSError as error:
-            self._written = (
-                0  # the system may drop what it could not sync, and the next fsync would be silent
-            )
+            # The system may drop what it could not sync, and the next fsync would be silent.
+            self._written = 0
             raise OSError(error.errno, error.strerror, str(self._path)) from error
         self._synced += len(self._lines)
         self._lines.clear()
@@ -246,9 +233,6 @@ class MetricsLog:
         if self._failing:
             self._failing = False
             log.warning("%s is written again, and nothing of it is missing", self._path)
-
-    def _num_waiting(self) -> int:
-        return self._lines.count(b"\n", self._written)
 
 
 def _cut(path: Path, after_step: int) -> None:
