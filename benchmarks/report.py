@@ -4,7 +4,6 @@ Nothing here names a host or a folder of the machine: an absolute path in the co
 """
 
 import datetime
-import os
 import platform
 import shlex
 import sys
@@ -13,6 +12,8 @@ from pathlib import Path
 
 import torch
 from gpu import description
+
+from vmamba_dist.core.machine import cores, processor
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -23,7 +24,7 @@ def header() -> list[str]:
     command = shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *words])
     threads = torch.get_num_threads()
     return [
-        f"- machine: {_processor()}, {os.cpu_count()} cores; {threads} torch thread{'s' if threads > 1 else ''}",
+        f"- machine: {processor()}, {cores()} cores; {threads} torch thread{'s' if threads > 1 else ''}",
         *(description() if torch.cuda.is_initialized() else ()),
         f"- versions: Python {platform.python_version()}, torch {torch.__version__}, {platform.system()}",
         f"- command: `{command}`",
@@ -44,12 +45,3 @@ def publish(name: str, title: str, body: Iterable[str], folders: Sequence[Path] 
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{name}.md").write_text(text)
     print(text, flush=True)
-
-
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
