@@ -21,6 +21,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from vmamba_dist.cluster import ledger, status
 from vmamba_dist.cluster.ledger import Line
+from vmamba_dist.cluster.submit import command_line
 from vmamba_dist.config import Config, ConfigError, load, to_yaml
 from vmamba_dist.data.datasets.fractals import read_words
 from vmamba_dist.models import flops
@@ -357,7 +358,9 @@ def test_the_report_tells_where_and_how_it_ran(tmp_path: Path) -> None:
     study = plan_study(load(words))
     (runs / "points").mkdir(parents=True)
     command = f"vmamba study run {' '.join(words)} sweep.parallel=2"
-    (runs / "sweep.json").write_text(json.dumps({"command": command, "points": []}))
+    kept = command_line("study", ["run", *words, "sweep.parallel=2"])  # for a shell of this machine
+    assert kept != command
+    (runs / "sweep.json").write_text(json.dumps({"command": kept, "points": []}))
     facts = {
         "world_size": 2,
         "threads": 3,

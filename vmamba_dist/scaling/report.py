@@ -421,12 +421,16 @@ def _data(study: Study) -> Iterator[str]:
 
 
 def _ran_as(study: Study, own: str) -> str:
-    """The command that ran the study, as the sweep has it, with sweep.parallel; else one that would."""
+    """The command that ran the study, as the sweep has it, with sweep.parallel; else one that would.
+
+    The sweep's is for a shell of that machine, and names the program by its place there; a report goes elsewhere.
+    """
     try:
         found = json.loads((Path(study.cfg.run.dir) / SWEEP).read_text(encoding="utf-8"))["command"]
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
-        found = ""
-    return str(found) or f"vmamba study run {own}"
+        words = shlex.split(str(found))
+        return shlex.join(["vmamba", *words[words.index("study") :]])
+    except (OSError, ValueError, KeyError, TypeError):  # no sweep here, or its record is torn
+        return f"vmamba study run {own}"
 
 
 def _commands(study: Study, runs: Sequence[RunRecord], words: Sequence[str]) -> Section:
