@@ -40,7 +40,7 @@ class Encoded:
 
 @dataclass
 class Batch:
-    """One rank's micro-batch, on the host until a GPU has decoded it, in position order."""
+    """One rank's micro-batch, in position order; on the host until its images have gone to a GPU (ahead.py)."""
 
     images: Tensor  # (B, 3, S, S) uint8, channels last in memory as decoders leave them
     labels: Tensor  # (B,) int64
