@@ -118,6 +118,20 @@ def test_the_step_gets_the_same_inputs(index: Index) -> None:
                 assert torch.equal(getattr(a, tensor), getattr(b, tensor))
 
 
+def test_an_autopsy_finds_the_last_batches_on_the_host(index: Index) -> None:
+    """On the device those of two steps of many micro-batches would take memory that a plan gives to the model."""
+    expected = plain(index, 6)
+    there = torch.device("meta")  # as far from the host as a device can be without a GPU
+    batches = Ahead(iter(expected), lambda batch: upload(batch, there), CPU)
+    feed = Feed(
+        batches, lambda batch, _: (batch.images, batch.labels), CPU, Progress(CPU), accumulate=2, on_bad=len
+    )  # type: ignore[arg-type]
+    assert all(inputs.images.is_meta for inputs in islice(feed, 6))
+    for a, b in zip(feed.recent, expected[2:], strict=True):
+        assert_same(a, b)
+    batches.close()
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_stop_goes_on_where_the_loop_was_and_not_the_thread(index: Index, workers: int) -> None:
     """12 samples an update of two micro-batches: three updates are 36, however many lie ready."""
@@ -282,9 +296,16 @@ class TestOnAGpu:
         ):
             feed = feed_of(batches, device=self.cuda)
             for i, each in enumerate(islice(feed, 20)):
-                assert feed.recent[-1].images.is_cuda
                 assert_same(feed.recent[-1], expected[i])
                 assert torch.equal(each.images, inputs[i])
+                assert torch.equal(feed.prepare(feed.recent[-1]).images, inputs[i])
+        with (
+            stream(index, workers, decoder, pin=True) as made,
+            ahead(made, decoder=decoder, device=self.cuda) as batches,
+        ):
+            for batch, there in zip(expected, batches, strict=False):
+                assert there.images.is_cuda
+                assert_same(batch, there)
 
     def test_no_memory_is_taken_again_before_its_copy_has_ended(self, index: Index) -> None:
         """The device is made late: the copies by 20 ms each, the step by 20 ms more; the host waits for neither."""

@@ -49,7 +49,7 @@ def upload(batch: Batch, device: torch.device) -> Batch:
     From pinned memory this waits for nothing: torch notes the stream of the copy, and gives the memory to another
     batch only once that stream has passed it.
     """
-    return replace(batch, images=batch.images.to(device, non_blocking=True))
+    return replace(batch, images=batch.images.to(device, non_blocking=True), on_host=batch.images)
 
 
 class Ahead:

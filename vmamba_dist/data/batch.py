@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
@@ -53,3 +53,8 @@ class Batch:
     encoded: dict[int, Encoded] = field(
         default_factory=dict
     )  # data.decoder=gpu: rows of images yet to be made
+    on_host: Tensor | None = None  # what images on a device are a copy of
+
+    def kept(self) -> Batch:
+        """The same to be kept for later, without a device's memory where the host has the images too."""
+        return self if self.on_host is None else replace(self, images=self.on_host, on_host=None)
