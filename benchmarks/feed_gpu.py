@@ -1,8 +1,9 @@
 """Training on one GPU by decoder: images a second, and the share of the time that the step waits for data.
 
 Law: the training step, the feed and the recipe are a run's own; every decoder reads the same shards, in turn, several
-times over. The ceiling is the same step fed with one batch again and again. The images are made on the spot, from a
-seed: noise with about a photograph's spectrum, the shorter side 256 px, as JPEGs of about 35 KiB.
+times over. The ceiling is the same step fed with one batch, which lies on the device, again and again. The images are
+made on the spot, from a seed: noise with about a photograph's spectrum, the shorter side 256 px, as JPEGs of about
+35 KiB.
 """
 
 import argparse
@@ -32,9 +33,9 @@ from vmamba_dist.config import load
 from vmamba_dist.config.schema import Config
 from vmamba_dist.core.dist import World, world
 from vmamba_dist.core.precision import be_deterministic
+from vmamba_dist.data.ahead import ahead_on_device
 from vmamba_dist.data.augment import DeviceTransform
 from vmamba_dist.data.batch import Batch
-from vmamba_dist.data.ondevice import Ahead, DeviceDecoder
 from vmamba_dist.data.order import choose_lanes
 from vmamba_dist.data.prepare import Decoder
 from vmamba_dist.data.shards import Index, pack, read_index
@@ -153,10 +154,9 @@ def decoded(
     stream = TrainStream(index, data, cfg.augment, seed=0, lanes=lanes, pin_memory=device.type == "cuda")
     closing.callback(stream.close)
     batches = stream.batches()
-    if decoder != "gpu":
+    if device.type != "cuda" and decoder != "gpu":
         return batches
-    work = DeviceDecoder(data.image_size, cfg.augment.interpolation, device, stream.read_on_host)
-    ahead = Ahead(batches, work, device)
+    ahead = ahead_on_device(stream, batches, data, cfg.augment.interpolation, device)
     closing.callback(ahead.close)
     return ahead
 

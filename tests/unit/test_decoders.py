@@ -6,7 +6,6 @@ import dataclasses
 import io
 import logging
 import struct
-import threading
 import zlib
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -23,11 +22,12 @@ from shardsets import make_set, members, overwrite
 from vmamba_dist.config import load as load_config
 from vmamba_dist.config.schema import AugmentConfig, ConfigError, DataConfig
 from vmamba_dist.data import ondevice
+from vmamba_dist.data.ahead import Ahead
 from vmamba_dist.data.augment import RESAMPLE, DeviceTransform, TrainTransform, operate, to_tensor
 from vmamba_dist.data.batch import Batch, Encoded
 from vmamba_dist.data.decode import DecodeError, decode, look, orientation
 from vmamba_dist.data.draws import Operation, randaugment
-from vmamba_dist.data.ondevice import Ahead, DeviceDecoder
+from vmamba_dist.data.ondevice import DeviceDecoder
 from vmamba_dist.data.pixels import operate as operate_batch
 from vmamba_dist.data.pixels import resize_crops, shape_upright, upright
 from vmamba_dist.data.prepare import Decoder, TrainPreparation, decode_by_torchvision
@@ -445,32 +445,6 @@ def test_what_the_device_alone_cannot_decode_pillow_decodes(
     assert said == [
         "a JPEG could not be decoded on the device (unsupported): Pillow decodes it, and others like it"
     ]
-
-
-def test_an_error_of_the_thread_is_raised_where_batches_are_taken(index: Index) -> None:
-    def fail(batch: Batch) -> Batch:
-        if batch.step == 1:
-            raise ValueError("in the thread")
-        return batch
-
-    made = stream(index, "pil")
-    ahead = Ahead(made.batches(), fail, CPU)
-    assert next(ahead).step == 0
-    with pytest.raises(ValueError, match="in the thread"):
-        next(ahead)
-    with pytest.raises(RuntimeError, match="closed"):
-        next(ahead)
-    ahead.close()
-    made.close()
-
-
-def test_closing_ends_the_thread_however_far_it_is(index: Index) -> None:
-    made = stream(index, "gpu", workers=2)
-    ahead = Ahead(made.batches(), DeviceDecoder(16, "bicubic", CPU, made.read_on_host), CPU)
-    next(ahead)
-    ahead.close()
-    made.close()
-    assert "decode-ahead" not in {thread.name for thread in threading.enumerate()}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="states what a machine without CUDA answers")

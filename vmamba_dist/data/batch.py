@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
@@ -40,7 +40,7 @@ class Encoded:
 
 @dataclass
 class Batch:
-    """One rank's micro-batch, on the host until a GPU has decoded it, in position order."""
+    """One rank's micro-batch, in position order; on the host until its images have gone to a GPU (ahead.py)."""
 
     images: Tensor  # (B, 3, S, S) uint8, channels last in memory as decoders leave them
     labels: Tensor  # (B,) int64
@@ -53,3 +53,8 @@ class Batch:
     encoded: dict[int, Encoded] = field(
         default_factory=dict
     )  # data.decoder=gpu: rows of images yet to be made
+    on_host: Tensor | None = None  # what images on a device are a copy of
+
+    def kept(self) -> Batch:
+        """The same to be kept for later, without a device's memory where the host has the images too."""
+        return self if self.on_host is None else replace(self, images=self.on_host, on_host=None)

@@ -1,22 +1,18 @@
-"""JPEGs decoded and augmented on the device, ahead of the step that learns from them.
+"""JPEGs decoded and augmented on the device.
 
 Law: a row is a function of its bytes and its draw, never of the batch around it; what the device cannot decode, the
 host reads anew and decodes with Pillow, and what that cannot either is replaced as any bad sample.
 
 nvJPEG comes through torchvision; how near its pixels are to libjpeg's has not been measured. All that follows
-gives the bytes that Pillow would give (pixels.py). Decoding runs in a thread with a CUDA stream of its own, so that
-the training stream never waits for the host.
+gives the bytes that Pillow would give (pixels.py).
 """
 
 from __future__ import annotations
 
 import io
 import logging
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from queue import Empty, Full, Queue
 
 import torch
 from PIL import Image
@@ -31,7 +27,6 @@ from vmamba_dist.data.reader import Rows
 log = logging.getLogger(__name__)
 
 ReadOnHost = Callable[[int, int], tuple[Tensor, Rows]]  # (epoch, position) → image, rows of one
-_POLL_S = 0.2
 
 
 def check_gpu_decoding(device: torch.device) -> None:
@@ -138,66 +133,3 @@ class DeviceDecoder:
             log.info(
                 "a JPEG could not be decoded on the device (%s): Pillow decodes it, and others like it", why
             )
-
-
-class Ahead:
-    """An iterator whose items are made by `work` from those of `batches`, `depth` of them ahead, in a thread.
-
-    On a CUDA device the work has a stream of its own; the consumer's current stream waits for it, the host does not.
-    An exception of the thread is raised here. close() ends the thread; it waits for the item under way.
-    """
-
-    def __init__(
-        self, batches: Iterator[Batch], work: Callable[[Batch], Batch], device: torch.device, depth: int = 2
-    ) -> None:
-        self._batches, self._work, self._device = batches, work, device
-        self._ready: Queue[tuple[Batch, torch.cuda.Event | None] | BaseException] = Queue(depth)
-        self._closing = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="decode-ahead", daemon=True)
-        self._thread.start()
-
-    def __iter__(self) -> Iterator[Batch]:
-        return self
-
-    def __next__(self) -> Batch:
-        item = self._take()
-        if isinstance(item, BaseException):
-            self._closing.set()
-            raise item
-        batch, done = item
-        if done is not None:
-            stream = torch.cuda.current_stream(self._device)
-            stream.wait_event(done)
-            batch.images.record_stream(stream)
-        return batch
-
-    def close(self) -> None:
-        self._closing.set()
-        self._thread.join()
-
-    def _take(self) -> tuple[Batch, torch.cuda.Event | None] | BaseException:
-        while True:
-            try:
-                return self._ready.get(timeout=_POLL_S)
-            except Empty:
-                if self._closing.is_set():
-                    raise RuntimeError("the stream of decoded batches is closed") from None
-
-    def _run(self) -> None:
-        stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None  # type: ignore[no-untyped-call]
-        with torch.cuda.stream(stream) if stream is not None else nullcontext():
-            try:
-                for batch in self._batches:
-                    if self._closing.is_set():
-                        return
-                    made = self._work(batch)
-                    self._put((made, stream.record_event() if stream is not None else None))
-                self._put(StopIteration())
-            except BaseException as error:  # noqa: BLE001  it is raised where the batches are taken
-                self._put(error)
-
-    def _put(self, item: tuple[Batch, torch.cuda.Event | None] | BaseException) -> None:
-        while not self._closing.is_set():
-            with suppress(Full):
-                self._ready.put(item, timeout=_POLL_S)
-                return

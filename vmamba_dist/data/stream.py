@@ -152,6 +152,11 @@ class TrainStream:
         self._workers.begin(begin)
         return self._gather(begin, self._workers)
 
+    def interrupt(self) -> None:
+        """Kill the workers: a thread that waits for their batches gets a WorkerError and waits no longer."""
+        if self._workers is not None:
+            self._workers.kill()
+
     def close(self) -> None:
         """End the workers and close the files; batches() starts them anew."""
         if self._workers is not None:

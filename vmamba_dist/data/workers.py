@@ -169,12 +169,18 @@ class Workers(Generic[Order, Rest]):
         message = f"{process.name} (pid {process.pid}) {how}; its own message, if any, is on stderr"
         raise WorkerError(message) from cause
 
-    def close(self) -> None:
-        """Kill the workers: they only read."""
+    def kill(self) -> None:
+        """End the workers, who only read; whoever waits for an item in another thread gets a WorkerError."""
         if os.getpid() != self._pid:
             return  # a fork of the owner
         for process in self._processes:
             process.kill()
+
+    def close(self) -> None:
+        """Kill the workers and forget them; no other thread waits for an item."""
+        if os.getpid() != self._pid:
+            return
+        self.kill()
         for process in self._processes:
             process.join()
             process.close()

@@ -24,10 +24,10 @@ from vmamba_dist.core.log import logging_to, progress_bar
 from vmamba_dist.core.precision import compute_dtype
 from vmamba_dist.core.rundir import RunDir
 from vmamba_dist.core.state import TrainState
+from vmamba_dist.data.ahead import ahead_on_device
 from vmamba_dist.data.augment import DeviceTransform, Normalize
 from vmamba_dist.data.badlog import BadLog, cut_torn_line
 from vmamba_dist.data.batch import Batch
-from vmamba_dist.data.ondevice import Ahead, DeviceDecoder
 from vmamba_dist.data.order import choose_lanes
 from vmamba_dist.data.shards import Index
 from vmamba_dist.data.stream import TrainStream, eval_batches
@@ -134,7 +134,7 @@ def assembled(cfg: Config, sources: Sources, world: World, stop: StopRequest) ->
         closing.callback(stream.close)
         feed = Feed(
             _shown(
-                _decoded(cfg, stream, state, world, closing),
+                _batches(cfg, stream, state, world, closing),
                 writers,
                 cfg.telemetry.images,
             ),
@@ -382,15 +382,14 @@ def _writers(
     return Writers(metrics, tensorboard, bar, pace, cfg.telemetry.log_every_steps, total_steps)
 
 
-def _decoded(
+def _batches(
     cfg: Config, stream: TrainStream, state: TrainState, world: World, closing: ExitStack
 ) -> Iterator[Batch]:
-    """The stream's micro-batches from where the run stands; with data.decoder=gpu, images made on the device."""
+    """The stream's micro-batches from where the run stands; for a GPU, brought there ahead of the step."""
     batches = stream.batches(state.epoch, state.offset, [(a, b) for a, b in state.skipped])
-    if cfg.data.decoder != "gpu":
+    if world.device.type != "cuda":
         return batches
-    decoder = DeviceDecoder(cfg.data.image_size, cfg.augment.interpolation, world.device, stream.read_on_host)
-    ahead = Ahead(batches, decoder, world.device)
+    ahead = ahead_on_device(stream, batches, cfg.data, cfg.augment.interpolation, world.device)
     closing.callback(ahead.close)
     return ahead
 

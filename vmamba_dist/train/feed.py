@@ -50,7 +50,7 @@ class Feed:
         if batch.bad:
             self._bad += len(batch.bad)
             self._on_bad(batch.bad)
-        self.recent = [*self.recent[-self._memory + 1 :], batch]
+        self.recent = [*self.recent[-self._memory + 1 :], batch.kept()]
         return self.prepare(batch)
 
     def prepare(self, batch: Batch) -> Inputs:
