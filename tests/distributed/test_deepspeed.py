@@ -175,6 +175,7 @@ def reduce_bucket_size(args: list[str]) -> int:
         clip=cfg.optim.clip,
         compute=torch.float32,
         device=torch.device("cpu"),
+        ranks=2,
         largest=5000,
         total=9000,
     )
@@ -369,6 +370,39 @@ def test_clipping_is_torchs(stage: int, clip: float) -> None:
     assert moments.keys() == expected.keys()
     for name, moment in moments.items():
         assert (moment - expected[name]).norm() <= 1e-6 * expected[name].norm(), name
+
+
+def host_reads(stage: int) -> list[str]:
+    """Where, in a step, the host asks for what the device has computed: on a GPU it would wait for it there."""
+    import traceback
+
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    found: list[str] = []
+
+    class Look(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is torch.ops.aten._local_scalar_dense.default:
+                found.append(traceback.format_stack()[-3])
+            return func(*args, **(kwargs or {}))
+
+    with engine_of("deepspeed", stage) as (engine, rank):
+        one_step(engine, 0, rank)
+        with Look():
+            with engine.microbatch(sync=True):
+                engine.backward(engine(inputs_of(1, rank)).total)
+            update = engine.update(0.5)
+        seen, found = found, []
+        with Look():
+            assert bool(update.applied)
+        assert len(found) == 1  # it would have been seen
+    return seen
+
+
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=SLOW)])
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_step_reads_nothing_on_the_host(stage: int, ranks: int) -> None:
+    assert world(ranks).run(host_reads, stage) == [[]] * ranks
 
 
 def recurrence(stage: int) -> list[str]:

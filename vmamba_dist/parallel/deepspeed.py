@@ -1,7 +1,8 @@
 """ZeRO, by DeepSpeed's own engine, behind the seam.
 
-Law: DeepSpeed runs autocast, backward, reduction, clipping and the step; this file gives it a module and an optimizer,
-and reads and writes its partitions in canonical form, one parameter at a time, bit for bit. Masters are float32 under
+Law: DeepSpeed runs autocast, backward, reduction and the step; this file gives it a module and an optimizer, and reads
+and writes its partitions in canonical form, one parameter at a time, bit for bit. Under ZeRO-1 and 2 on a device the
+norm, clipping and the refusal of a step are done here, since DeepSpeed would wait for the device to do them. Masters are float32 under
 every precision: bfloat16 is autocast's (`torch_autocast`), never DeepSpeed's own cast of the weights, so the recurrence
 computes in float32 as it does under any engine.
 
@@ -39,7 +40,7 @@ from vmamba_dist.parallel import shares
 from vmamba_dist.parallel.engine import Update
 from vmamba_dist.parallel.materialise import initialise, materialise
 from vmamba_dist.parallel.shares import Layout
-from vmamba_dist.parallel.zero_config import build_config
+from vmamba_dist.parallel.zero_config import build_config, clips_on_device
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -64,6 +65,7 @@ class DeepSpeedEngine:
             clip=optim.clip,
             compute=compute,
             device=world.device,
+            ranks=world.size,
             largest=max(sizes.values()),
             total=sum(sizes.values()),
         )
@@ -73,6 +75,7 @@ class DeepSpeedEngine:
         self._objective = objective
         self._world = world
         self._stage: int = config["zero_optimization"]["stage"]
+        self._clips = clips_on_device(config)
         _join(world, parallel.timeout_s)
         if self._stage == 3:
             _materialise_in_parts(objective, config, world.device, seed)
@@ -110,11 +113,30 @@ class DeepSpeedEngine:
         self._engine.backward(loss, scale_wrt_gas=False)  # the loop has divided
 
     def update(self, max_norm: float) -> Update:
+        if self._clips:
+            return self._update_on_device(max_norm)
         self._zero.clip_grad = max_norm  # told at the start; read by the step
         self._engine.step()  # syncs host and device: DeepSpeed looks whether the norm is finite
         norm = torch.as_tensor(self._engine.get_global_grad_norm(), dtype=torch.float32)
         applied = torch.tensor(self._engine.was_step_applied())
         return Update(grad_norm=norm.detach(), applied=applied)
+
+    @torch.no_grad()
+    def _update_on_device(self, max_norm: float) -> Update:
+        # This rank's parts of the mean gradient, a list a group; a part may be nothing but padding, which is zero.
+        norm = nn.utils.get_total_norm([g for group in self._zero.averaged_gradients.values() for g in group])
+        if self._world.size > 1:
+            square = norm.square()
+            dist.all_reduce(square, group=self._zero.dp_process_group)
+            norm = square.sqrt()
+        finite = torch.isfinite(norm)
+        optimizer = self._zero.optimizer
+        # The fused step reads both on the device: it divides gradients by one, and where the other is 1 leaves
+        # weights and moments untouched.
+        optimizer.grad_scale = ((norm + 1e-6) / max_norm).clamp(min=1.0) if max_norm > 0 else None
+        optimizer.found_inf = (~finite).float()
+        self._engine.step()
+        return Update(grad_norm=norm, applied=finite)
 
     def set_lr(self, lr: float) -> None:
         self._zero.set_lr(lr)
