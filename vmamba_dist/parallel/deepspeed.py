@@ -1,9 +1,9 @@
 """ZeRO, by DeepSpeed's own engine, behind the seam.
 
 Law: DeepSpeed runs autocast, backward, reduction and the step; this file gives it a module and an optimizer, and reads
-and writes its partitions in canonical form, one parameter at a time, bit for bit. Under ZeRO-1 and 2 on a device the
-norm, clipping and the refusal of a step are done here, since DeepSpeed would wait for the device to do them. Masters are float32 under
-every precision: bfloat16 is autocast's (`torch_autocast`), never DeepSpeed's own cast of the weights, so the recurrence
+and writes its partitions in canonical form, one parameter at a time, bit for bit. Under ZeRO-1 and 2 without offload it
+also measures, clips and refuses, on the device, where DeepSpeed would wait for it. Masters are float32 under every
+precision: bfloat16 is autocast's (`torch_autocast`), never DeepSpeed's own cast of the weights, so the recurrence
 computes in float32 as it does under any engine.
 
 ZeRO-1 and 2 keep the weights whole on every rank and cut one flat buffer a parameter group into equal parts, of which a
