@@ -85,6 +85,12 @@ class DeepSpeedEngine:
         self._engine = _initialize(objective, config, optim, decayed)
         self._zero = self._engine.optimizer
         self._parameters: dict[str, Any] = dict(objective.named_parameters())  # ZeRO-3 hangs much on them
+        # One process under ZeRO-1 has its mean gradient where the backward left it. DeepSpeed would go through its
+        # reduction, a dozen small calls a parameter on the host; where a file of the user's asks for hooks, it may.
+        self._reduces = (
+            world.size > 1 or self._stage > 1 or not self._clips or bool(self._zero._grad_acc_hooks)
+        )
+        self._engine.enable_backward_allreduce = self._reduces
         self._masters = _masters(self._zero, self._stage)
         owners = shares.choose_owners(sizes, world.size)
         self._places = _places(self._zero, self._stage, self._parameters, world, owners)
@@ -123,18 +129,24 @@ class DeepSpeedEngine:
 
     @torch.no_grad()
     def _update_on_device(self, max_norm: float) -> Update:
+        if not self._reduces:
+            for group, members in enumerate(self._zero.params_in_partition):
+                self._zero.all_grad_tensors[group] = self._zero.get_all_grad_tensors(members, torch.float32)
+            self._zero.finalize_gradient_accumulation_boundary()
         # This rank's parts of the mean gradient, a list a group; a part may be nothing but padding, which is zero.
-        norm = nn.utils.get_total_norm([g for group in self._zero.averaged_gradients.values() for g in group])
+        parts = [part for group in self._zero.averaged_gradients.values() for part in group]
+        norm = nn.utils.get_total_norm(parts)
         if self._world.size > 1:
             square = norm.square()
             dist.all_reduce(square, group=self._zero.dp_process_group)
             norm = square.sqrt()
         finite = torch.isfinite(norm)
-        optimizer = self._zero.optimizer
-        # The fused step reads both on the device: it divides gradients by one, and where the other is 1 leaves
-        # weights and moments untouched.
-        optimizer.grad_scale = ((norm + 1e-6) / max_norm).clamp(min=1.0) if max_norm > 0 else None
-        optimizer.found_inf = (~finite).float()
+        if max_norm > 0:
+            torch._foreach_mul_(
+                parts, (max_norm / (norm + 1e-6)).clamp(max=1.0)
+            )  # as torch clips, to the bit
+        # The fused step reads this flag on the device and leaves weights and moments untouched where it is 1: no sync.
+        self._zero.optimizer.found_inf = (~finite).float()
         self._engine.step()
         return Update(grad_norm=norm, applied=finite)
 
