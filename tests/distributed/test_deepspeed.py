@@ -410,6 +410,32 @@ def test_a_step_reads_nothing_on_the_host(stage: int, ranks: int) -> None:
     assert world(ranks).run(host_reads, stage) == [[]] * ranks
 
 
+def ops_of_a_backward(engine: str, stage: int | None) -> int:
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    count = 0
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            nonlocal count
+            count += 1
+            return func(*args, **(kwargs or {}))
+
+    with engine_of(engine, stage) as (built, rank):
+        one_step(built, 0, rank)
+        with built.microbatch(sync=True):
+            total = built(inputs_of(1, rank)).total
+            with Count():
+                built.backward(total)
+        return count
+
+
+def test_zero_1_alone_adds_nothing_to_a_backward() -> None:
+    """DeepSpeed's reduction would be several operations a parameter, with nobody to reduce with."""
+    plain, zero1 = (world(1).run(ops_of_a_backward, *one)[0] for one in (("ddp", None), ("deepspeed", 1)))
+    assert plain <= zero1 <= plain + 5
+
+
 def recurrence(stage: int) -> list[str]:
     """Forward and backward in bfloat16; name the recurrence's parameters that a block saw rounded or recast."""
     from vmamba_dist.models.ss2d import SS2D
