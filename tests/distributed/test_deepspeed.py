@@ -175,6 +175,7 @@ def reduce_bucket_size(args: list[str]) -> int:
         clip=cfg.optim.clip,
         compute=torch.float32,
         device=torch.device("cpu"),
+        ranks=2,
         largest=5000,
         total=9000,
     )
@@ -331,21 +332,23 @@ def refused(stage: int, compute: str, sick: int, factor: float, offload: bool) -
 
 
 @pytest.mark.parametrize(
-    ("stage", "compute", "factor", "offload"),
+    ("stage", "ranks", "compute", "factor", "offload"),
     [
-        (1, "float32", math.inf, False),
-        (2, "bfloat16", math.nan, False),
-        (3, "float32", math.nan, False),
-        *(pytest.param(s, "bfloat16", math.inf, False, marks=SLOW) for s in STAGES),
-        *(pytest.param(s, "float32", math.inf, True, marks=SLOW) for s in STAGES),
+        (1, 2, "float32", math.inf, False),
+        (1, 1, "float32", math.nan, False),
+        (2, 2, "bfloat16", math.nan, False),
+        (3, 2, "float32", math.nan, False),
+        pytest.param(2, 1, "float32", math.inf, False, marks=SLOW),
+        *(pytest.param(s, 2, "bfloat16", math.inf, False, marks=SLOW) for s in STAGES),
+        *(pytest.param(s, 2, "float32", math.inf, True, marks=SLOW) for s in STAGES),
     ],
 )
 def test_a_step_that_is_not_finite_is_refused_by_all(
-    stage: int, compute: str, factor: float, offload: bool
+    stage: int, ranks: int, compute: str, factor: float, offload: bool
 ) -> None:
-    found = world(2).run(refused, stage, compute, 1, factor, offload)
-    assert [unmoved for _, unmoved in found] == [True, True]
-    assert str(found[0][0]) == str(found[1][0])  # nan is not itself
+    found = world(ranks).run(refused, stage, compute, ranks - 1, factor, offload)
+    assert all(unmoved for _, unmoved in found)
+    assert len({str(told) for told, _ in found}) == 1  # nan is not itself
     (_, first), (norm, second), (_, third) = found[0][0]
     assert (first, second, third) == (True, False, True)
     assert not math.isfinite(norm)
@@ -358,17 +361,79 @@ def clipped(engine: str, stage: int | None, clip: float) -> tuple[list[float], d
         return norms, moments
 
 
-@pytest.mark.parametrize("stage", [2, 3, pytest.param(1, marks=SLOW)])
+@pytest.mark.parametrize(
+    ("stage", "ranks"),
+    [(2, 2), (3, 2), (1, 1), *(pytest.param(*cell, marks=SLOW) for cell in ((1, 2), (2, 1)))],
+)
 @pytest.mark.parametrize("clip", [0.1, pytest.param(0.0, marks=SLOW), pytest.param(1e6, marks=SLOW)])
-def test_clipping_is_torchs(stage: int, clip: float) -> None:
+def test_clipping_is_torchs(stage: int, ranks: int, clip: float) -> None:
     """AdamW hides a gradient's scale in its step; its first moment does not."""
-    expected_norms, expected = world(2).run(clipped, "ddp", None, clip)[0]
-    found = world(2).run(clipped, "deepspeed", stage, clip)
+    expected_norms, expected = world(ranks).run(clipped, "ddp", None, clip)[0]
+    found = world(ranks).run(clipped, "deepspeed", stage, clip)
     assert found[0][0] == pytest.approx(expected_norms, rel=1e-6)
-    moments = found[0][1] | found[1][1]
+    moments = {name: t for _, share in found for name, t in share.items()}
     assert moments.keys() == expected.keys()
     for name, moment in moments.items():
         assert (moment - expected[name]).norm() <= 1e-6 * expected[name].norm(), name
+
+
+def host_reads(stage: int) -> list[str]:
+    """Where, in a step, the host asks for what the device has computed: on a GPU it would wait for it there."""
+    import traceback
+
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    found: list[str] = []
+
+    class Look(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is torch.ops.aten._local_scalar_dense.default:
+                found.append(traceback.format_stack()[-3])
+            return func(*args, **(kwargs or {}))
+
+    with engine_of("deepspeed", stage) as (engine, rank):
+        one_step(engine, 0, rank)
+        with Look():
+            with engine.microbatch(sync=True):
+                engine.backward(engine(inputs_of(1, rank)).total)
+            update = engine.update(0.5)
+        seen, found = found, []
+        with Look():
+            assert bool(update.applied)
+        assert len(found) == 1  # it would have been seen
+    return seen
+
+
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=SLOW)])
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_step_reads_nothing_on_the_host(stage: int, ranks: int) -> None:
+    assert world(ranks).run(host_reads, stage) == [[]] * ranks
+
+
+def ops_of_a_backward(engine: str, stage: int | None) -> int:
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    count = 0
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            nonlocal count
+            count += 1
+            return func(*args, **(kwargs or {}))
+
+    with engine_of(engine, stage) as (built, rank):
+        one_step(built, 0, rank)
+        with built.microbatch(sync=True):
+            total = built(inputs_of(1, rank)).total
+            with Count():
+                built.backward(total)
+        return count
+
+
+def test_zero_1_alone_adds_nothing_to_a_backward() -> None:
+    """DeepSpeed's reduction would be several operations a parameter, with nobody to reduce with."""
+    plain, zero1 = (world(1).run(ops_of_a_backward, *one)[0] for one in (("ddp", None), ("deepspeed", 1)))
+    assert plain <= zero1 <= plain + 5
 
 
 def recurrence(stage: int) -> list[str]:

@@ -16,7 +16,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
@@ -27,7 +26,7 @@ from torch.utils._pytree import tree_leaves
 from distributed.world import world
 from vmamba_dist import cli
 from vmamba_dist.config import ConfigError, load
-from vmamba_dist.core.dist import World
+from vmamba_dist.core.dist import world as joined
 from vmamba_dist.core.gpus import GPUS, gpu_named, peak_tflops_of
 from vmamba_dist.data.order import choose_accumulate
 from vmamba_dist.models import flops, list_models
@@ -367,46 +366,53 @@ ENGINES = {
 def standing_bytes(words: list[str]) -> tuple[int, int]:
     """On a rank: bytes of all tensors after an update, and the most that there were."""
     cfg = load(["model.name=vmamba_femto", "precision.device=cpu", *words])
-    place = World(dist.get_rank(), dist.get_world_size(), 0, torch.device("cpu"))
     with torch.device("meta"):
         objective = Classify(create_model(cfg.model.name, num_classes=10), seed=0)
     tracker = MemTracker()
-    with tracker:
-        engine = parallelize(
-            objective, parallel=cfg.parallel, precision=cfg.precision, optim=cfg.optim, world=place, seed=0
-        )
-        average = Ema(engine, cfg.ema)
-        images, targets = torch.zeros(2, 3, 32, 32), torch.full((2, 10), 0.1)
-        with engine.microbatch(sync=True):
-            engine.backward(engine(Inputs(images, targets, torch.arange(2), 0, ["a", "b"])).total)
-        engine.update(5.0)
-        average.update(1)
-        now, most = (tracker.get_tracker_snapshot(kind) for kind in ("current", "peak"))
-    engine.close()
+    with joined("cpu", 60, alone_too=True) as place:
+        with tracker:
+            engine = parallelize(
+                objective,
+                parallel=cfg.parallel,
+                precision=cfg.precision,
+                optim=cfg.optim,
+                world=place,
+                seed=0,
+            )
+            average = Ema(engine, cfg.ema)
+            images, targets = torch.zeros(2, 3, 32, 32), torch.full((2, 10), 0.1)
+            with engine.microbatch(sync=True):
+                engine.backward(engine(Inputs(images, targets, torch.arange(2), 0, ["a", "b"])).total)
+            engine.update(5.0)
+            average.update(1)
+            now, most = (tracker.get_tracker_snapshot(kind) for kind in ("current", "peak"))
+        engine.close()
     device = torch.device("cpu")
     return now[device]["Total"], most[device]["Total"]
 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=_slow if name.startswith("zero") else ()) for name in ENGINES],
+    ("name", "ranks"),
+    [
+        *(pytest.param(name, 2, marks=_slow if name.startswith("zero") else ()) for name in ENGINES),
+        *(pytest.param(name, 1, marks=_slow) for name in ("zero-1", "zero-2")),
+    ],
 )
-def test_an_engine_holds_what_is_planned(name: str) -> None:
-    """Tensors on one of two ranks, of a model whose weights outweigh its activations."""
+def test_an_engine_holds_what_is_planned(name: str, ranks: int) -> None:
+    """Tensors on one rank, of a model whose weights outweigh its activations."""
     if name.startswith("zero"):
         pytest.importorskip("deepspeed")
     words, kinds = ENGINES[name]
-    standing, most = world(2).run(standing_bytes, words, timeout_s=250)[0]
-    asked = job(
-        "model.name=vmamba_femto", "data.image_size=32", "data.global_batch=4", *words, gpus=2, classes=10
-    )
+    standing, most = world(ranks).run(standing_bytes, words, timeout_s=250)[0]
+    batch = f"data.global_batch={2 * ranks}"
+    asked = job("model.name=vmamba_femto", "data.image_size=32", batch, *words, gpus=ranks, classes=10)
     held = planned.standing(asked, accumulating=False)
     bucket = 4 * asked.params if name == "zero-3" else 0
     assert sum(held.gpu[kind] for kind in kinds) + bucket == pytest.approx(standing, rel=0.03)
     # On the CPU nothing overlaps, and a bucket is there once: never more than planned, and not much less.
     total = memory(asked, "off", 2).allocated - planned.WORKSPACES
-    assert 0.7 * total < most < 1.05 * total
+    assert (0.7 if ranks > 1 else 0.8) * total < most < 1.05 * total
 
 
 def test_deepspeeds_buckets_are_its_own() -> None:

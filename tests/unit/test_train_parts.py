@@ -203,6 +203,21 @@ def test_drop_path_masks_depend_on_the_position_and_not_on_the_batch_around_it()
     assert keep_masks(1, 4, torch.arange(4), [0.0, 0.0]) is None
 
 
+@pytest.mark.gpu
+def test_drop_path_masks_on_a_gpu_are_a_cpus_and_keep_no_host_waiting() -> None:
+    """They are drawn first in a forward: a host that waited there would never run ahead of the device."""
+    expected = keep_masks(1, 4, torch.arange(64), [0.1, 0.5])
+    positions = torch.arange(64, device="cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        masks = keep_masks(1, 4, positions, [0.1, 0.5])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert expected is not None
+    assert masks is not None
+    assert torch.equal(masks.cpu(), expected)
+
+
 @pytest.mark.parametrize(
     ("word", "says"),
     [

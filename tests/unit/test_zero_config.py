@@ -21,7 +21,12 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def config_of(
-    theirs: object = None, folder: Path | None = None, compute: torch.dtype = torch.float32, **parallel: Any
+    theirs: object = None,
+    folder: Path | None = None,
+    compute: torch.dtype = torch.float32,
+    device: str = "cpu",
+    ranks: int = 2,
+    **parallel: Any,
 ) -> dict[str, Any]:
     file = ""
     if folder is not None:
@@ -32,7 +37,8 @@ def config_of(
         ParallelConfig(engine="deepspeed", deepspeed_config=file, **parallel),
         clip=3.0,
         compute=compute,
-        device=torch.device("cpu"),
+        device=torch.device(device),
+        ranks=ranks,
         largest=1001,
         total=5000,
     )
@@ -48,6 +54,26 @@ def test_the_config_follows_from_the_run() -> None:
     assert config_of()["zero_optimization"]["stage"] == 2
     assert "offload_param" not in config_of(zero_stage=2, cpu_offload=True)["zero_optimization"]
     assert "offload_param" in config_of(zero_stage=3, cpu_offload=True)["zero_optimization"]
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_deepspeed_waits_for_the_device_only_where_it_must(stage: int, tmp_path: Path) -> None:
+    """Where it measures no norm, nothing of it does: it would refuse gradient_clipping too. To overlap the exchange it
+    waits once a step, and alone there is none."""
+    for offload, ours in ((False, stage < 3), (True, False)):
+        config = config_of(zero_stage=stage, cpu_offload=offload)
+        assert zero_config.clips_on_device(config) == ours
+        assert config["gradient_clipping"] == (0.0 if ours else 3.0)
+        assert config["zero_optimization"].get("compute_grad_norm", True) != ours
+    overlap = [
+        config_of(zero_stage=stage, device="cuda", ranks=n)["zero_optimization"]["overlap_comm"]
+        for n in (1, 2)
+    ]
+    assert overlap == [stage == 3, True]
+    own = {"zero_optimization": {"overlap_comm": True, "offload_optimizer": {"device": "none"}}}
+    config = config_of(own, tmp_path, zero_stage=stage, ranks=1)
+    assert config["zero_optimization"]["overlap_comm"] is True
+    assert zero_config.clips_on_device(config) == (stage < 3)
 
 
 def test_a_file_of_the_users_own_is_merged(tmp_path: Path) -> None:
@@ -105,6 +131,7 @@ def test_a_file_that_is_not_there_is_named() -> None:
             clip=0.0,
             compute=torch.float32,
             device=torch.device("cpu"),
+            ranks=1,
             largest=1,
             total=1,
         )

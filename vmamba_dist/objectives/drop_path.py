@@ -20,7 +20,11 @@ def keep_masks(seed: int, step: int, positions: Tensor, rates: Sequence[float]) 
     """
     if not any(rates):
         return None
-    branch_rates = torch.tensor([rate for rate in rates for _ in range(2)], device=positions.device)
+    # From pinned memory: from any other the copy would have the host wait for the device, in every step.
+    on_host = torch.tensor(
+        [rate for rate in rates for _ in range(2)], device="cpu", pin_memory=positions.is_cuda
+    )
+    branch_rates = on_host.to(positions.device, non_blocking=True)
     branches = torch.arange(len(branch_rates), device=positions.device)
     uniform = counter_uniform(seed, "drop_path", step, positions[:, None], branches[None, :])
     return (uniform >= branch_rates) / (1 - branch_rates)

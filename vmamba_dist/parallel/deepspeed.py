@@ -1,8 +1,9 @@
 """ZeRO, by DeepSpeed's own engine, behind the seam.
 
-Law: DeepSpeed runs autocast, backward, reduction, clipping and the step; this file gives it a module and an optimizer,
-and reads and writes its partitions in canonical form, one parameter at a time, bit for bit. Masters are float32 under
-every precision: bfloat16 is autocast's (`torch_autocast`), never DeepSpeed's own cast of the weights, so the recurrence
+Law: DeepSpeed runs autocast, backward, reduction and the step; this file gives it a module and an optimizer, and reads
+and writes its partitions in canonical form, one parameter at a time, bit for bit. Under ZeRO-1 and 2 without offload it
+also measures, clips and refuses, on the device, where DeepSpeed would wait for it. Masters are float32 under every
+precision: bfloat16 is autocast's (`torch_autocast`), never DeepSpeed's own cast of the weights, so the recurrence
 computes in float32 as it does under any engine.
 
 ZeRO-1 and 2 keep the weights whole on every rank and cut one flat buffer a parameter group into equal parts, of which a
@@ -39,7 +40,7 @@ from vmamba_dist.parallel import shares
 from vmamba_dist.parallel.engine import Update
 from vmamba_dist.parallel.materialise import initialise, materialise
 from vmamba_dist.parallel.shares import Layout
-from vmamba_dist.parallel.zero_config import build_config
+from vmamba_dist.parallel.zero_config import build_config, clips_on_device
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -64,6 +65,7 @@ class DeepSpeedEngine:
             clip=optim.clip,
             compute=compute,
             device=world.device,
+            ranks=world.size,
             largest=max(sizes.values()),
             total=sum(sizes.values()),
         )
@@ -73,6 +75,7 @@ class DeepSpeedEngine:
         self._objective = objective
         self._world = world
         self._stage: int = config["zero_optimization"]["stage"]
+        self._clips = clips_on_device(config)
         _join(world, parallel.timeout_s)
         if self._stage == 3:
             _materialise_in_parts(objective, config, world.device, seed)
@@ -82,6 +85,12 @@ class DeepSpeedEngine:
         self._engine = _initialize(objective, config, optim, decayed)
         self._zero = self._engine.optimizer
         self._parameters: dict[str, Any] = dict(objective.named_parameters())  # ZeRO-3 hangs much on them
+        # One process under ZeRO-1 has its mean gradient where the backward left it. DeepSpeed would go through its
+        # reduction, a dozen small calls a parameter on the host; where a file of the user's asks for hooks, it may.
+        self._reduces = (
+            world.size > 1 or self._stage > 1 or not self._clips or bool(self._zero._grad_acc_hooks)
+        )
+        self._engine.enable_backward_allreduce = self._reduces
         self._masters = _masters(self._zero, self._stage)
         owners = shares.choose_owners(sizes, world.size)
         self._places = _places(self._zero, self._stage, self._parameters, world, owners)
@@ -110,11 +119,36 @@ class DeepSpeedEngine:
         self._engine.backward(loss, scale_wrt_gas=False)  # the loop has divided
 
     def update(self, max_norm: float) -> Update:
+        if self._clips:
+            return self._update_on_device(max_norm)
         self._zero.clip_grad = max_norm  # told at the start; read by the step
         self._engine.step()  # syncs host and device: DeepSpeed looks whether the norm is finite
         norm = torch.as_tensor(self._engine.get_global_grad_norm(), dtype=torch.float32)
         applied = torch.tensor(self._engine.was_step_applied())
         return Update(grad_norm=norm.detach(), applied=applied)
+
+    @torch.no_grad()
+    def _update_on_device(self, max_norm: float) -> Update:
+        if not self._reduces:
+            for group, members in enumerate(self._zero.params_in_partition):
+                self._zero.all_grad_tensors[group] = self._zero.get_all_grad_tensors(members, torch.float32)
+            self._zero.finalize_gradient_accumulation_boundary()
+        # This rank's parts of the mean gradient, a list a group; a part may be nothing but padding, which is zero.
+        parts = [part for group in self._zero.averaged_gradients.values() for part in group]
+        norm = nn.utils.get_total_norm(parts)
+        if self._world.size > 1:
+            square = norm.square()
+            dist.all_reduce(square, group=self._zero.dp_process_group)
+            norm = square.sqrt()
+        finite = torch.isfinite(norm)
+        if max_norm > 0:
+            torch._foreach_mul_(
+                parts, (max_norm / (norm + 1e-6)).clamp(max=1.0)
+            )  # as torch clips, to the bit
+        # The fused step reads this flag on the device and leaves weights and moments untouched where it is 1: no sync.
+        self._zero.optimizer.found_inf = (~finite).float()
+        self._engine.step()
+        return Update(grad_norm=norm, applied=finite)
 
     def set_lr(self, lr: float) -> None:
         self._zero.set_lr(lr)

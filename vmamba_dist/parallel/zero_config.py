@@ -108,10 +108,11 @@ def build_config(
     clip: float,
     compute: torch.dtype,
     device: torch.device,
+    ranks: int,
     largest: int,
     total: int,
 ) -> dict[str, Any]:
-    """DeepSpeed's config for a model of `total` elements, the largest parameter having `largest`.
+    """DeepSpeed's config for a model of `total` elements on so many ranks, the largest parameter having `largest`.
 
     Raises ConfigError naming what parallel.deepspeed_config says otherwise, or what ZeRO-3 cannot do.
     """
@@ -130,6 +131,10 @@ def build_config(
         "reduce_bucket_size": bucket,
         "allgather_bucket_size": bucket,
     }
+    if stage < 3 and ranks == 1:
+        # Nothing is exchanged: to overlap it DeepSpeed would wait for the device at each backward's end, and gradients
+        # would go into a bucket and out again one by one.
+        zero |= {"overlap_comm": False, "contiguous_gradients": False}
     if stage == 3:
         zero |= {
             # What DeepSpeed keeps whole between uses is a copy: who writes the parts, as the average's swap does,
@@ -160,7 +165,19 @@ def build_config(
     }
     if parallel.deepspeed_config:
         _merge(config, _read(Path(parallel.deepspeed_config)), parallel.deepspeed_config)
+    if clips_on_device(config):
+        config["gradient_clipping"] = 0.0
+        zero["compute_grad_norm"] = False
     return config
+
+
+def clips_on_device(config: Mapping[str, Any]) -> bool:
+    """Whether our engine measures and clips gradients: DeepSpeed's step would wait for the device several times.
+
+    DeepSpeed lets go of it under ZeRO-1 and 2, and where the host does not have the gradients anyway.
+    """
+    offload = _at(config, "zero_optimization.offload_optimizer.device")
+    return config["zero_optimization"]["stage"] < 3 and offload in (None, "none")
 
 
 def load_engine(device: torch.device) -> ModuleType:

@@ -214,7 +214,9 @@ def _deepspeed(job: Job, size: float, average: float, accumulating: bool) -> Sta
         buffers = {"buckets": 2 * bucket, "gathered weights": bucket + FLOAT32 * largest}
     else:
         state = {"weights": size, **optimizer, "average": average}
-        buffers = {"buckets": 2 * bucket}  # one is filled while the other is reduced
+        # One is filled while the other is reduced. A process alone has one, and under ZeRO-1 after its backward only.
+        alone = bucket if stage == 2 or parallel.cpu_offload else 0.0
+        buffers = {"buckets": 2 * bucket if job.gpus > 1 else alone}
     host: dict[str, float] = {}
     if parallel.cpu_offload:
         host = {name: state.pop(name) for name in (list(state) if stage == 3 else optimizer)}
