@@ -207,8 +207,11 @@ class TrainStream:
                 part_images, part = next(workers)
                 at = self._rows_of(positions, worker)
                 # Whole pairs, every so many of them: a strided copy, which is several times faster than an indexed one.
-                if len(at):
-                    _pairs(images)[at[0] // 2 :: self._data.workers] = _pairs(channels_first(part_images))
+                # NumPy's, by one thread: the readers have the cores, and torch would cut the copy among as many threads
+                # as there are and wait for the last to be let on (an H200 with 16 cores: 950 images/s instead of 2,400).
+                if len(part.encoded) < len(at):
+                    share = _pairs(channels_first(part_images)).numpy()
+                    _pairs(images).numpy()[at[0] // 2 :: self._data.workers] = share
                 for i, label, key in zip(at.tolist(), part.labels, part.keys, strict=True):
                     rows.labels[i], rows.keys[i] = label, key
                 rows.encoded.update((int(at[i]), encoded) for i, encoded in part.encoded.items())
