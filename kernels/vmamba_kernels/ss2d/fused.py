@@ -14,11 +14,12 @@ from torch import Tensor
 from vmamba_kernels.backend import interpreted
 from vmamba_kernels.launch import launch
 from vmamba_kernels.ss2d.tiles import ROWS, Plan, mirrored, plan_for, walk_table
-from vmamba_kernels.ss2d.triton_bwd import ss2d_adjoint_ends, ss2d_gradients
+from vmamba_kernels.ss2d.triton_bwd import ss2d_adjoint_ends, ss2d_gradients, ss2d_projected_sum
 from vmamba_kernels.ss2d.triton_fwd import ss2d_carry, ss2d_ends, ss2d_output
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 _CARRY_CHANNELS = 64
+_SUM_TILE = 1024
 
 
 def _power_of_two(n: int) -> int:
@@ -55,7 +56,7 @@ class _Problem:
         self.rank, self.state = dt_weight.shape[2], A.shape[1]
         self.pitch = projected.shape[3] // 4
         self.plan: Plan = plan_for(x, self.state)
-        self.order, self.count = walk_table(pattern, self.height, self.width, self.plan.span, x.device)
+        self.order, self.count, straight = walk_table(pattern, self.height, self.width, self.plan.span, x.device)
         self.rows = self.batch * self.count
         self.groups = -(-self.rows // ROWS)
         self.x = x.contiguous()
@@ -77,6 +78,7 @@ class _Problem:
             "MIRROR": mirrored(pattern),
             "FULL": self.length % self.plan.span == 0 and self.rows % ROWS == 0,
             "WIDE": max(x.numel(), projected.numel()) >= 2**31,
+            "STRAIGHT": straight,
             "EXACT": exact,
             "INTERPRET": interpreted(),
             "PAIRED": self.state == 1
@@ -195,7 +197,14 @@ def backward(
                 {**p.constants, "PP": _power_of_two(p.pitch), "CHANNELS": p.plan.gradients,
                  "CARRIED": starts is not None, "FIRST": axis == 0, "num_warps": p.plan.gradients_warps},
             )  # fmt: skip
-    d_projected = dp[0] if blocks == 1 else dp.sum(0, dtype=torch.float32)
+    d_projected = torch.empty_like(p.projected)
+    with torch.cuda.device_of(x):
+        launch(
+            ss2d_projected_sum,
+            (-(-d_projected.numel() // _SUM_TILE),),
+            (dp, d_projected, d_projected.numel()),
+            {"BLOCKS": blocks, "PITCH": p.pitch, "R": p.rank, "N": p.state, "TILE": _SUM_TILE, "num_warps": 4},
+        )
     d_weight, d_bias, d_A, d_D = parameters.sum(0).split(sizes)
     return (
         dx,

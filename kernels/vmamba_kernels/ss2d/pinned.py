@@ -4,6 +4,7 @@ What a launch would pass is written here a second time, so that a kernel can be 
 without a GPU; a test holds the two equal.
 """
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -62,6 +63,8 @@ def configurations(
     )
     exact = dtype == "fp32"
     shape = f"{prefix}{dtype} C{channels} R{rank} N{state} L{length}"
+    side = math.isqrt(length)
+    straight = side % plan.span == 0
     for full in fills:
         common: dict[str, Any] = {
             "C": channels,
@@ -75,6 +78,7 @@ def configurations(
             "MIRROR": True,
             "FULL": full,
             "WIDE": False,
+            "STRAIGHT": straight,
             "EXACT": exact,
             "INTERPRET": False,
             "PRECISION": "ieee" if exact else "tf32",

@@ -98,9 +98,17 @@ def plan_for(x: Tensor, state: int) -> Plan:
     return pinned_plans().get(key) or default_plan(height * width, x.element_size())
 
 
+class Walk(NamedTuple):
+    """The token that each direction visits at each step, int32 (4, S * span), for the S segments of an image."""
+
+    order: Tensor
+    count: int
+    straight: bool  # no segment turns: each direction has one stride for all of its steps
+
+
 @lru_cache(maxsize=256)
-def walk_table(pattern: str, height: int, width: int, span: int, device: torch.device) -> tuple[Tensor, int]:
-    """Return int32 (4, S * span), the token that each direction visits at each step, and the S segments of an image.
+def walk_table(pattern: str, height: int, width: int, span: int, device: torch.device) -> Walk:
+    """Return the walk of an image cut into segments of `span` steps.
 
     Where a sequence does not fill its last segment the token is -1: at the end, and for a direction that walks
     another backwards at the beginning, so that both have the same tokens in the same segment.
@@ -111,7 +119,9 @@ def walk_table(pattern: str, height: int, width: int, span: int, device: torch.d
     padded[:, : order.shape[1]] = order
     if mirrored(pattern):
         padded[2:] = padded[:2].flip(1)
-    return padded.to(torch.int32).to(device), count
+    strides = padded.view(4, count, span).diff(dim=2)
+    straight = bool(span > 1 and (padded >= 0).all() and (strides == strides[:, :1, :1]).all())
+    return Walk(padded.to(torch.int32).to(device), count, straight)
 
 
 def mirrored(pattern: str) -> bool:
