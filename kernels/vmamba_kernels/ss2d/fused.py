@@ -26,6 +26,11 @@ def _power_of_two(n: int) -> int:
     return max(16, int(triton.next_power_of_2(n)))
 
 
+def _cap(registers: int) -> dict[str, int]:
+    """Triton's option for at most so many registers a thread."""
+    return {"maxnreg": registers} if registers else {}
+
+
 def empty_saved(x: Tensor, A: Tensor) -> Tensor:
     """Return room for the states before each tile, (4, B * S, tiles a segment, N, C).
 
@@ -157,7 +162,7 @@ def forward(
                 (p.grid(p.plan.output),),
                 (p.x, *p.inputs, p.skip, p.order, begins, saved, total, y, *p.sizes, axis),
                 {**p.constants, "CHANNELS": p.plan.output, "CARRIED": starts is not None, "SAVE": save,
-                 "FIRST": axis == 0, "num_warps": p.plan.output_warps},
+                 "FIRST": axis == 0, "num_warps": p.plan.output_warps, **_cap(p.plan.output_registers)},
             )  # fmt: skip
     return y, saved
 
@@ -195,7 +200,8 @@ def backward(
                 (p.grid(p.plan.gradients),),
                 (g, p.x, *p.inputs, p.skip, p.order, begins, saved, total, dx, dp, parameters, *p.sizes, axis),
                 {**p.constants, "PP": _power_of_two(p.pitch), "CHANNELS": p.plan.gradients,
-                 "CARRIED": starts is not None, "FIRST": axis == 0, "num_warps": p.plan.gradients_warps},
+                 "CARRIED": starts is not None, "FIRST": axis == 0, "num_warps": p.plan.gradients_warps,
+                 **_cap(p.plan.gradients_registers)},
             )  # fmt: skip
     d_projected = torch.empty_like(p.projected)
     with torch.cuda.device_of(x):

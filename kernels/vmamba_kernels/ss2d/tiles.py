@@ -24,7 +24,9 @@ class Plan:
     """Steps a segment (`span`) and a tile (`steps`: 1, 2 or 4, a divisor), and of each kernel channels and warps.
 
     `ends` is the first walk of the forward and of the backward, `output` and `gradients` the second. `stages` is the
-    depth of their loads' pipeline: addresses are loaded too, so that 5 is the least that loads a tile ahead.
+    depth of their loads' pipeline: where segments turn, addresses are loaded too, so that 5 is the least that loads a
+    tile ahead; where they are straight, 2 is. `output_registers` and `gradients_registers` cap what a thread may hold,
+    for more warps at once; 0: no cap.
     """
 
     span: int = 28
@@ -36,6 +38,8 @@ class Plan:
     output_warps: int = 1
     gradients_warps: int = 1
     stages: int = 5
+    output_registers: int = 0
+    gradients_registers: int = 0
 
     def __post_init__(self) -> None:
         if self.steps not in (1, 2, 4) or self.span % self.steps:
