@@ -1,8 +1,8 @@
 """Choose the fused four-direction scan's plans on a GPU and write them to tiles.json.
 
-A candidate is refused unless its result is right; what is right is timed, each kernel on its own, by CUDA events. Span,
-steps and stages are shared by all kernels and chosen by the time of forward and backward together; channels and warps
-are each kernel's own. Candidates are compiled beforehand by several processes into Triton's cache.
+A candidate is refused unless its result is right; what is right is timed, each kernel on its own, by CUDA events. Span
+and steps are shared by all kernels and chosen by the time of forward and backward together; channels, warps, stages and
+registers are each kernel's own. Candidates are compiled beforehand by several processes into Triton's cache.
 """
 
 import argparse
@@ -108,7 +108,7 @@ def candidates(length: int, spans: Sequence[int], steps: Sequence[int], quick: b
         _plan(span, few, stages, *blocks)
         for span in fitting
         for few in steps
-        for stages in (STAGES[:1] if quick else STAGES)
+        for stages in STAGES
         for blocks in zip_longest(ENDS, OUTPUT, GRADIENTS)
         if span % few == 0
     ]
@@ -124,7 +124,7 @@ def _plan(
 ) -> Plan:
     (a, a_warps), (b, b_warps, b_cap) = ends or ENDS[0], output or OUTPUT[0]
     c, c_warps, c_cap = gradients or GRADIENTS[0]
-    return Plan(span, steps, a, b, c, a_warps, b_warps, c_warps, stages, b_cap, c_cap)
+    return Plan(span, steps, a, b, c, a_warps, b_warps, c_warps, stages, stages, stages, b_cap, c_cap)
 
 
 def run(inputs: dict[str, Tensor], plan: Plan) -> dict[str, Tensor]:
@@ -192,9 +192,9 @@ def fault(inputs: dict[str, Tensor], truth: dict[str, Tensor], plan: Plan, dtype
 
 def choose(measured: dict[Plan, dict[str, float]]) -> tuple[Plan, float]:
     """Return the plan whose kernels together take the least, and its ms."""
-    groups: dict[tuple[int, int, int], list[Plan]] = defaultdict(list)
+    groups: dict[tuple[int, int], list[Plan]] = defaultdict(list)
     for plan in measured:
-        groups[plan.span, plan.steps, plan.stages].append(plan)
+        groups[plan.span, plan.steps].append(plan)
 
     def ends(plan: Plan) -> float:
         return measured[plan]["ss2d_ends"] + measured[plan]["ss2d_adjoint_ends"]
@@ -212,9 +212,11 @@ def choose(measured: dict[Plan, dict[str, float]]) -> tuple[Plan, float]:
                 a,
                 output=b.output,
                 output_warps=b.output_warps,
+                output_stages=b.output_stages,
                 output_registers=b.output_registers,
                 gradients=c.gradients,
                 gradients_warps=c.gradients_warps,
+                gradients_stages=c.gradients_stages,
                 gradients_registers=c.gradients_registers,
             )
             yield mixed, ends(a) + output(b) + gradients(c) + measured[a]["ss2d_carry"]
@@ -233,7 +235,7 @@ def tune(problem: Problem, plans: list[Plan], gpu: Gpu, batch: int, samples: int
     measured: dict[Plan, dict[str, float]] = {}
     for plan in dict.fromkeys((default, *plans)):
         label = (
-            f"  span {plan.span:3} steps {plan.steps} stages {plan.stages} channels x warps "
+            f"  span {plan.span:3} steps {plan.steps} stages {plan.ends_stages} channels x warps "
             f"{plan.ends}x{plan.ends_warps} {plan.output}x{plan.output_warps}/{plan.output_registers} "
             f"{plan.gradients}x{plan.gradients_warps}/{plan.gradients_registers}"
         )

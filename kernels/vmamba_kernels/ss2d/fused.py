@@ -19,16 +19,19 @@ from vmamba_kernels.ss2d.triton_fwd import ss2d_carry, ss2d_ends, ss2d_output
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 _CARRY_CHANNELS = 64
-_SUM_TILE = 1024
+SUM_TILE = 1024
 
 
 def _power_of_two(n: int) -> int:
     return max(16, int(triton.next_power_of_2(n)))
 
 
-def _cap(registers: int) -> dict[str, int]:
-    """Triton's option for at most so many registers a thread."""
-    return {"maxnreg": registers} if registers else {}
+def options(plan: Plan, kernel: str) -> dict[str, int]:
+    """Return what of a plan goes to the compiler of `kernel`: ends, output or gradients."""
+    stages = getattr(plan, f"{kernel}_stages")
+    found = {"STAGES": stages, "num_warps": getattr(plan, f"{kernel}_warps"), "num_stages": stages}
+    registers = getattr(plan, f"{kernel}_registers", 0)
+    return found | ({"maxnreg": registers} if registers else {})
 
 
 def empty_saved(x: Tensor, A: Tensor) -> Tensor:
@@ -93,8 +96,6 @@ class _Problem:
             and self.projected.data_ptr() % 4 == 0
             and not interpreted(),
             "PRECISION": "ieee" if exact else "tf32",
-            "STAGES": self.plan.stages,
-            "num_stages": self.plan.stages,
         }
         self.carry_constants = {
             "C": self.channels,
@@ -126,7 +127,7 @@ class _Problem:
                 kernel,
                 (self.grid(plan.ends), 4),
                 (walked, *self.inputs, self.order, starts, sums, *self.sizes),
-                {**self.constants, "CHANNELS": plan.ends, "num_warps": plan.ends_warps},
+                {**self.constants, "CHANNELS": plan.ends, **options(plan, "ends")},
             )
             launch(
                 ss2d_carry,
@@ -162,7 +163,7 @@ def forward(
                 (p.grid(p.plan.output),),
                 (p.x, *p.inputs, p.skip, p.order, begins, saved, total, y, *p.sizes, axis),
                 {**p.constants, "CHANNELS": p.plan.output, "CARRIED": starts is not None, "SAVE": save,
-                 "FIRST": axis == 0, "num_warps": p.plan.output_warps, **_cap(p.plan.output_registers)},
+                 "FIRST": axis == 0, **options(p.plan, "output")},
             )  # fmt: skip
     return y, saved
 
@@ -200,16 +201,15 @@ def backward(
                 (p.grid(p.plan.gradients),),
                 (g, p.x, *p.inputs, p.skip, p.order, begins, saved, total, dx, dp, parameters, *p.sizes, axis),
                 {**p.constants, "PP": _power_of_two(p.pitch), "CHANNELS": p.plan.gradients,
-                 "CARRIED": starts is not None, "FIRST": axis == 0, "num_warps": p.plan.gradients_warps,
-                 **_cap(p.plan.gradients_registers)},
+                 "CARRIED": starts is not None, "FIRST": axis == 0, **options(p.plan, "gradients")},
             )  # fmt: skip
     d_projected = torch.empty_like(p.projected)
     with torch.cuda.device_of(x):
         launch(
             ss2d_projected_sum,
-            (-(-d_projected.numel() // _SUM_TILE),),
+            (-(-d_projected.numel() // SUM_TILE),),
             (dp, d_projected, d_projected.numel()),
-            {"BLOCKS": blocks, "PITCH": p.pitch, "R": p.rank, "N": p.state, "TILE": _SUM_TILE, "num_warps": 4},
+            {"BLOCKS": blocks, "PITCH": p.pitch, "R": p.rank, "N": p.state, "TILE": SUM_TILE, "num_warps": 4},
         )
     d_weight, d_bias, d_A, d_D = parameters.sum(0).split(sizes)
     return (

@@ -5,6 +5,7 @@ and writes tiles.json. The batch has no say, so it never changes an image's bits
 """
 
 import json
+import math
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -21,12 +22,12 @@ TABLE = Path(__file__).with_name("tiles.json")
 
 @dataclass(frozen=True)
 class Plan:
-    """Steps a segment (`span`) and a tile (`steps`: 1, 2 or 4, a divisor), and of each kernel channels and warps.
+    """Steps a segment (`span`) and a tile (`steps`: 1, 2 or 4, a divisor); of each kernel channels, warps and stages.
 
-    `ends` is the first walk of the forward and of the backward, `output` and `gradients` the second. `stages` is the
-    depth of their loads' pipeline: where segments turn, addresses are loaded too, so that 5 is the least that loads a
-    tile ahead; where they are straight, 2 is. `output_registers` and `gradients_registers` cap what a thread may hold,
-    for more warps at once; 0: no cap.
+    `ends` is the first walk of the forward and of the backward, `output` and `gradients` the second. Stages are the
+    depth of the loads' pipeline: where segments turn, addresses are loaded too, so that 5 is the least that loads a
+    tile ahead; where they are straight, 3 loads two ahead. Registers cap what a thread may hold, for more warps at
+    once; 0: no cap.
     """
 
     span: int = 28
@@ -37,7 +38,9 @@ class Plan:
     ends_warps: int = 1
     output_warps: int = 1
     gradients_warps: int = 1
-    stages: int = 5
+    ends_stages: int = 5
+    output_stages: int = 5
+    gradients_stages: int = 5
     output_registers: int = 0
     gradients_registers: int = 0
 
@@ -89,9 +92,11 @@ def default_plan(length: int, itemsize: int) -> Plan:
     steps = 2 if length >= 392 else 1
     fitting = [n for n in range(wanted // 2, 2 * wanted + 1) if length % n == 0 and n % steps == 0]
     span = min(fitting, key=lambda n: abs(n - wanted), default=wanted)
+    straight = math.isqrt(length) ** 2 == length and math.isqrt(length) % span == 0
+    stages = 3 if straight else 5
     if itemsize > 2:
-        return Plan(span=span, steps=steps, ends=16, output=16, gradients=16)
-    return Plan(span=span, steps=steps)
+        return Plan(span=span, steps=steps, ends=16, output=16, gradients=16, ends_stages=stages)
+    return Plan(span=span, steps=steps, ends_stages=stages, output_stages=stages if steps == 1 else 5)
 
 
 def plan_for(x: Tensor, state: int) -> Plan:

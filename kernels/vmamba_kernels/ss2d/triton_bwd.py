@@ -212,7 +212,7 @@ def ss2d_projected_sum(
     at = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     inside = at < COUNT
     total = tl.zeros((TILE,), tl.float32)
-    for block in range(BLOCKS):
+    for block in tl.range(0, BLOCKS, loop_unroll_factor=4):
         total += tl.load(p_dp + block * COUNT + at, mask=inside, other=0.0).to(tl.float32)
     column = (at % PITCH).to(tl.int32)
     total *= tl.where(column < R, LOG2E, tl.where(column < R + N, LN2, 1.0))
