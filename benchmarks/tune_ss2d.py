@@ -1,8 +1,8 @@
 """Choose the fused four-direction scan's plans on a GPU and write them to tiles.json.
 
-A candidate is refused unless its result is right; what is right is timed, each kernel on its own, by CUDA events. Span,
-steps and stages are shared by all kernels and chosen by the time of forward and backward together; channels and warps
-are each kernel's own. Candidates are compiled beforehand by several processes into Triton's cache.
+A candidate is refused unless its result is right; what is right is timed, each kernel on its own, by CUDA events. Span
+and steps are shared by all kernels and chosen by the time of forward and backward together; channels, warps, stages and
+registers are each kernel's own. Candidates are compiled beforehand by several processes into Triton's cache.
 """
 
 import argparse
@@ -15,6 +15,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -37,12 +38,16 @@ MODELS = {
     "tiny": ((96, 6, 3136), (192, 12, 784), (384, 24, 196), (768, 48, 49)),
     "base": ((128, 8, 3136), (256, 16, 784), (512, 32, 196), (1024, 64, 49)),
 }
-KERNELS = ("ss2d_ends", "ss2d_carry", "ss2d_output", "ss2d_adjoint_ends", "ss2d_gradients")
+KERNELS = ("ss2d_ends", "ss2d_carry", "ss2d_output", "ss2d_adjoint_ends", "ss2d_gradients", "ss2d_projected_sum")
 SPANS = (7, 14, 16, 28, 32, 40, 48, 52, 56, 64, 84, 112)
 STEPS = (1, 2, 4)
 MOST_PADDING = 0.15  # of a sequence's steps
 MOST_SEGMENTS = 128  # of a sequence: beyond it more of them bring no parallelism that is missing
-BLOCKS = ((16, 1), (32, 1), (64, 2), (32, 2))  # channels and warps
+STAGES = (3, 5)
+# Channels, warps and most registers (0: no cap) of each kernel; a plan takes one of each column.
+ENDS = ((32, 1), (16, 1), (64, 2))
+OUTPUT = ((32, 1, 0), (32, 1, 168), (32, 1, 128), (16, 1, 0), (16, 1, 96))
+GRADIENTS = ((16, 1, 0), (16, 1, 200), (16, 1, 168), (16, 1, 152), (16, 1, 128))
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 TOLERANCE = {"bf16": 4e-3, "fp32": 3e-6}  # relative RMS
 CANCELLATION = 10  # how much more a parameter's gradient may err: a sum over every token that mostly cancels
@@ -100,17 +105,26 @@ def candidates(length: int, spans: Sequence[int], steps: Sequence[int], quick: b
     if quick:  # no masks where a span divides the length
         fitting = [n for n in fitting if length % n == 0] or fitting
     return [
-        _plan(span, few, stages, channels, warps)
+        _plan(span, few, stages, *blocks)
         for span in fitting
         for few in steps
-        for stages in ((5,) if quick else (5, 7))  # fewer load nothing ahead: see Plan
-        for channels, warps in (BLOCKS[:3] if quick else BLOCKS)
+        for stages in STAGES
+        for blocks in zip_longest(ENDS, OUTPUT, GRADIENTS)
         if span % few == 0
     ]
 
 
-def _plan(span: int, steps: int, stages: int, channels: int, warps: int) -> Plan:
-    return Plan(span, steps, channels, channels, channels, warps, warps, warps, stages)
+def _plan(
+    span: int,
+    steps: int,
+    stages: int,
+    ends: tuple[int, int] | None,
+    output: tuple[int, int, int] | None,
+    gradients: tuple[int, int, int] | None,
+) -> Plan:
+    (a, a_warps), (b, b_warps, b_cap) = ends or ENDS[0], output or OUTPUT[0]
+    c, c_warps, c_cap = gradients or GRADIENTS[0]
+    return Plan(span, steps, a, b, c, a_warps, b_warps, c_warps, stages, stages, stages, b_cap, c_cap)
 
 
 def run(inputs: dict[str, Tensor], plan: Plan) -> dict[str, Tensor]:
@@ -178,9 +192,9 @@ def fault(inputs: dict[str, Tensor], truth: dict[str, Tensor], plan: Plan, dtype
 
 def choose(measured: dict[Plan, dict[str, float]]) -> tuple[Plan, float]:
     """Return the plan whose kernels together take the least, and its ms."""
-    groups: dict[tuple[int, int, int], list[Plan]] = defaultdict(list)
+    groups: dict[tuple[int, int], list[Plan]] = defaultdict(list)
     for plan in measured:
-        groups[plan.span, plan.steps, plan.stages].append(plan)
+        groups[plan.span, plan.steps].append(plan)
 
     def ends(plan: Plan) -> float:
         return measured[plan]["ss2d_ends"] + measured[plan]["ss2d_adjoint_ends"]
@@ -189,7 +203,7 @@ def choose(measured: dict[Plan, dict[str, float]]) -> tuple[Plan, float]:
         return measured[plan]["ss2d_output"]
 
     def gradients(plan: Plan) -> float:
-        return measured[plan]["ss2d_gradients"]
+        return measured[plan]["ss2d_gradients"] + measured[plan]["ss2d_projected_sum"]
 
     def mixtures() -> Iterator[tuple[Plan, float]]:
         for plans in groups.values():
@@ -198,8 +212,12 @@ def choose(measured: dict[Plan, dict[str, float]]) -> tuple[Plan, float]:
                 a,
                 output=b.output,
                 output_warps=b.output_warps,
+                output_stages=b.output_stages,
+                output_registers=b.output_registers,
                 gradients=c.gradients,
                 gradients_warps=c.gradients_warps,
+                gradients_stages=c.gradients_stages,
+                gradients_registers=c.gradients_registers,
             )
             yield mixed, ends(a) + output(b) + gradients(c) + measured[a]["ss2d_carry"]
 
@@ -217,8 +235,9 @@ def tune(problem: Problem, plans: list[Plan], gpu: Gpu, batch: int, samples: int
     measured: dict[Plan, dict[str, float]] = {}
     for plan in dict.fromkeys((default, *plans)):
         label = (
-            f"  span {plan.span:3} steps {plan.steps} stages {plan.stages} channels x warps "
-            f"{plan.ends}x{plan.ends_warps} {plan.output}x{plan.output_warps} {plan.gradients}x{plan.gradients_warps}"
+            f"  span {plan.span:3} steps {plan.steps} stages {plan.ends_stages} channels x warps "
+            f"{plan.ends}x{plan.ends_warps} {plan.output}x{plan.output_warps}/{plan.output_registers} "
+            f"{plan.gradients}x{plan.gradients_warps}/{plan.gradients_registers}"
         )
         wrong = fault(small, truth, plan, problem.dtype)
         if wrong:

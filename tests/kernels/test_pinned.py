@@ -60,7 +60,7 @@ def allowed(name: str) -> int:
     return ALLOWED_SPILLS[max(matching, key=len)][0] if matching else 0
 
 
-def collect() -> list[tuple[str, Any, dict[str, str], dict[str, Any], int]]:
+def collect() -> list[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, int]]]:
     """Return every module's pinned configurations."""
     return [configuration for name in MODULES for configuration in importlib.import_module(name).pinned()]
 
@@ -71,7 +71,7 @@ def compile_part(part: int, of: int, targets: list[int]) -> None:
     # The slowest kernels first, dealt round: the processes end together.
     jobs = [(target, c) for target in targets for c in collect() if _concerns(c[0], target)]
     jobs.sort(key=lambda job: (job[1][1].__name__ != "ss2d_gradients", job[1][0], job[0]))
-    for target, (name, kernel, types, constants, warps) in jobs[part::of]:
+    for target, (name, kernel, types, constants, chosen) in jobs[part::of]:
         begin = time.perf_counter()
         names = kernel.arg_names
         # What a launch tells Triton: torch's memory begins at a multiple of 16 bytes.
@@ -80,7 +80,7 @@ def compile_part(part: int, of: int, targets: list[int]) -> None:
         }
         signature = {n: types.get(n, "constexpr") for n in names}
         source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-        options = {"num_warps": warps, "num_stages": constants.get("STAGES", 3)}
+        options = {"num_stages": 3} | chosen
         compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(compiled.asm["cubin"])
@@ -91,7 +91,7 @@ def compile_part(part: int, of: int, targets: list[int]) -> None:
         found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
         assert found, usage
         seconds = time.perf_counter() - begin
-        row = [target, name, int(found[1]), int(found[2]), warps, compiled.metadata.shared, seconds]
+        row = [target, name, int(found[1]), int(found[2]), chosen["num_warps"], compiled.metadata.shared, seconds]
         print(json.dumps(row), flush=True)
 
 
@@ -175,14 +175,15 @@ def test_what_a_launch_passes_is_pinned(channels, rank, length, monkeypatch):
         def __getitem__(self, grid: Any) -> Any:
             return self.note
 
-        def note(self, *args: Any, num_warps: int, num_stages: int | None = None, **constants: Any) -> None:
+        def note(self, *args: Any, **constants: Any) -> None:
+            options = {n: constants.pop(n) for n in ("num_warps", "num_stages", "maxnreg") if n in constants}
             names = self.kernel.arg_names
             positional = dict(zip(names, args, strict=False))
             constants |= {n: v for n, v in positional.items() if isinstance(v, int) and v == 1}
             types = {n: _type(v) for n, v in positional.items() if n not in constants}
-            launched.append((self.kernel.__name__, types, constants, num_warps))
+            launched.append((self.kernel.__name__, types, constants, options))
 
-    for name in ("ss2d_ends", "ss2d_carry", "ss2d_output", "ss2d_adjoint_ends", "ss2d_gradients"):
+    for name in ("ss2d_ends", "ss2d_carry", "ss2d_output", "ss2d_adjoint_ends", "ss2d_gradients", "ss2d_projected_sum"):
         monkeypatch.setattr(fused, name, Noted(getattr(fused, name)))
     monkeypatch.setattr(fused, "interpreted", lambda: False)
     monkeypatch.setattr(tiles, "pinned_plans", dict)
@@ -199,7 +200,7 @@ def test_what_a_launch_passes_is_pinned(channels, rank, length, monkeypatch):
         if save:
             fused.backward(dy, saved, x, projected, *others, "cross2d")
     listed = [(c[1].__name__, *c[2:]) for c in pinned.pinned()]
-    assert len(launched) == 2 * 4 + 4
+    assert len(launched) == 2 * 4 + 5
     for launch in launched:
         assert launch in listed, launch
 

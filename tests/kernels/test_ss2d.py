@@ -495,7 +495,7 @@ def test_inference_saves_nothing(cut, launches):
 def test_segments_and_tiles_of_directions_that_mirror_each_other_share_tokens():
     """A program adds both senses of an axis in place: in each of its tiles it must meet the same tokens."""
     for pattern in PATTERNS:
-        table, count = tiles.walk_table(pattern, 5, 9, 8, torch.device("cpu"))
+        table, count, _straight = tiles.walk_table(pattern, 5, 9, 8, torch.device("cpu"))
         order = scan_order(pattern, 5, 9)
         assert count == 6
         assert table.shape == (4, 48)

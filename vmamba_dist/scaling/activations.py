@@ -323,9 +323,8 @@ class _Block:
         starts = FLOAT32 * K * segments * (n + 1) * d
         projected = K * pitch * self.tokens
         partial = (self.compute if n == 1 else FLOAT32) * blocks * projected
-        summed = FLOAT32 * projected if blocks > 1 else 0
         parameters = FLOAT32 * groups * d * (K * (r + 1 + n) + 1)
-        return starts + FLOAT32 * d * self.tokens + partial + summed + parameters
+        return starts + FLOAT32 * d * self.tokens + partial + parameters
 
     def _cascade(self) -> Iterator[Row]:
         """Every row of the image as a sequence, then every column: two plain scans of two directions each."""

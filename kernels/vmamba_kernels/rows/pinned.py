@@ -13,7 +13,7 @@ NARROW = {"p_branch", "p_dbranch", "p_y", "p_dy", "p_h", "p_dg"}
 
 
 def pinned() -> list[Configuration]:
-    """Return name, kernel, types by argument, constants and warps: a float32 stream beside bfloat16 branches."""
+    """Return name, kernel, types by argument, constants and compiler's options: a float32 stream beside bfloat16 branches."""
     return list(_all())
 
 
@@ -42,7 +42,7 @@ def _one(
     case: str, kernel: Any, channels: int, stream: str, constants: dict[str, Any], warps: int
 ) -> Configuration:
     types = {name: _type(name, stream) for name in kernel.arg_names if name not in constants}
-    return f"{kernel.__name__} {case} C{channels}", kernel, types, constants, warps
+    return f"{kernel.__name__} {case} C{channels}", kernel, types, constants, {"num_warps": warps}
 
 
 def _type(name: str, stream: str) -> str:

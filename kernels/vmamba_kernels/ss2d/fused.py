@@ -14,15 +14,24 @@ from torch import Tensor
 from vmamba_kernels.backend import interpreted
 from vmamba_kernels.launch import launch
 from vmamba_kernels.ss2d.tiles import ROWS, Plan, mirrored, plan_for, walk_table
-from vmamba_kernels.ss2d.triton_bwd import ss2d_adjoint_ends, ss2d_gradients
+from vmamba_kernels.ss2d.triton_bwd import ss2d_adjoint_ends, ss2d_gradients, ss2d_projected_sum
 from vmamba_kernels.ss2d.triton_fwd import ss2d_carry, ss2d_ends, ss2d_output
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 _CARRY_CHANNELS = 64
+SUM_TILE = 1024
 
 
 def _power_of_two(n: int) -> int:
     return max(16, int(triton.next_power_of_2(n)))
+
+
+def options(plan: Plan, kernel: str) -> dict[str, int]:
+    """Return what of a plan goes to the compiler of `kernel`: ends, output or gradients."""
+    stages = getattr(plan, f"{kernel}_stages")
+    found = {"STAGES": stages, "num_warps": getattr(plan, f"{kernel}_warps"), "num_stages": stages}
+    registers = getattr(plan, f"{kernel}_registers", 0)
+    return found | ({"maxnreg": registers} if registers else {})
 
 
 def empty_saved(x: Tensor, A: Tensor) -> Tensor:
@@ -55,7 +64,7 @@ class _Problem:
         self.rank, self.state = dt_weight.shape[2], A.shape[1]
         self.pitch = projected.shape[3] // 4
         self.plan: Plan = plan_for(x, self.state)
-        self.order, self.count = walk_table(pattern, self.height, self.width, self.plan.span, x.device)
+        self.order, self.count, straight = walk_table(pattern, self.height, self.width, self.plan.span, x.device)
         self.rows = self.batch * self.count
         self.groups = -(-self.rows // ROWS)
         self.x = x.contiguous()
@@ -77,6 +86,7 @@ class _Problem:
             "MIRROR": mirrored(pattern),
             "FULL": self.length % self.plan.span == 0 and self.rows % ROWS == 0,
             "WIDE": max(x.numel(), projected.numel()) >= 2**31,
+            "STRAIGHT": straight,
             "EXACT": exact,
             "INTERPRET": interpreted(),
             "PAIRED": self.state == 1
@@ -86,8 +96,6 @@ class _Problem:
             and self.projected.data_ptr() % 4 == 0
             and not interpreted(),
             "PRECISION": "ieee" if exact else "tf32",
-            "STAGES": self.plan.stages,
-            "num_stages": self.plan.stages,
         }
         self.carry_constants = {
             "C": self.channels,
@@ -119,7 +127,7 @@ class _Problem:
                 kernel,
                 (self.grid(plan.ends), 4),
                 (walked, *self.inputs, self.order, starts, sums, *self.sizes),
-                {**self.constants, "CHANNELS": plan.ends, "num_warps": plan.ends_warps},
+                {**self.constants, "CHANNELS": plan.ends, **options(plan, "ends")},
             )
             launch(
                 ss2d_carry,
@@ -155,7 +163,7 @@ def forward(
                 (p.grid(p.plan.output),),
                 (p.x, *p.inputs, p.skip, p.order, begins, saved, total, y, *p.sizes, axis),
                 {**p.constants, "CHANNELS": p.plan.output, "CARRIED": starts is not None, "SAVE": save,
-                 "FIRST": axis == 0, "num_warps": p.plan.output_warps},
+                 "FIRST": axis == 0, **options(p.plan, "output")},
             )  # fmt: skip
     return y, saved
 
@@ -193,9 +201,16 @@ def backward(
                 (p.grid(p.plan.gradients),),
                 (g, p.x, *p.inputs, p.skip, p.order, begins, saved, total, dx, dp, parameters, *p.sizes, axis),
                 {**p.constants, "PP": _power_of_two(p.pitch), "CHANNELS": p.plan.gradients,
-                 "CARRIED": starts is not None, "FIRST": axis == 0, "num_warps": p.plan.gradients_warps},
+                 "CARRIED": starts is not None, "FIRST": axis == 0, **options(p.plan, "gradients")},
             )  # fmt: skip
-    d_projected = dp[0] if blocks == 1 else dp.sum(0, dtype=torch.float32)
+    d_projected = torch.empty_like(p.projected)
+    with torch.cuda.device_of(x):
+        launch(
+            ss2d_projected_sum,
+            (-(-d_projected.numel() // SUM_TILE),),
+            (dp, d_projected, d_projected.numel()),
+            {"BLOCKS": blocks, "PITCH": p.pitch, "R": p.rank, "N": p.state, "TILE": SUM_TILE, "num_warps": 4},
+        )
     d_weight, d_bias, d_A, d_D = parameters.sum(0).split(sizes)
     return (
         dx,

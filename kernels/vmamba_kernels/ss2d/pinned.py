@@ -4,16 +4,17 @@ What a launch would pass is written here a second time, so that a kernel can be 
 without a GPU; a test holds the two equal.
 """
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
 from vmamba_kernels.ss2d import tiles
-from vmamba_kernels.ss2d.fused import _CARRY_CHANNELS, _power_of_two
+from vmamba_kernels.ss2d.fused import _CARRY_CHANNELS, SUM_TILE, _power_of_two, options
 from vmamba_kernels.ss2d.tiles import ROWS, Plan
-from vmamba_kernels.ss2d.triton_bwd import ss2d_adjoint_ends, ss2d_gradients
+from vmamba_kernels.ss2d.triton_bwd import ss2d_adjoint_ends, ss2d_gradients, ss2d_projected_sum
 from vmamba_kernels.ss2d.triton_fwd import ss2d_carry, ss2d_ends, ss2d_output
 
-Configuration = tuple[str, Any, dict[str, str], dict[str, Any], int]
+Configuration = tuple[str, Any, dict[str, str], dict[str, Any], dict[str, int]]
 # Channels, dt rank and length of VMamba-T's stages at 224 pixels.
 STAGES = ((96, 6, 3136), (192, 12, 784), (384, 24, 196), (768, 48, 49))
 FLOAT32 = ("p_bias", "p_A", "p_D", "p_ends", "p_sums", "p_sum", "p_parameters")
@@ -22,16 +23,16 @@ BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 
 
 def pinned() -> list[Configuration]:
-    """Return name, kernel, types by argument, constants and warps of each configuration, none twice.
+    """Return name, kernel, types by argument, constants and compiler's options of each configuration, none twice.
 
     An integer argument that is 1 at run time is a constant, as Triton makes it one. A table's row is named by its
     device generation.
     """
     found: dict[tuple[str, str], Configuration] = {}
     for configuration in _all():
-        name, kernel, types, constants, warps = configuration
+        name, kernel, types, constants, options = configuration
         generation = next((word for word in name.split() if word.startswith("sm_")), "")
-        same = f"{kernel.__name__} {types} {constants} {warps}"
+        same = f"{kernel.__name__} {types} {constants} {options}"
         if ("", same) not in found:  # one of no generation is compiled for all
             found.setdefault((generation, same), configuration)
     return list(found.values())
@@ -62,6 +63,8 @@ def configurations(
     )
     exact = dtype == "fp32"
     shape = f"{prefix}{dtype} C{channels} R{rank} N{state} L{length}"
+    side = math.isqrt(length)
+    straight = side % plan.span == 0
     for full in fills:
         common: dict[str, Any] = {
             "C": channels,
@@ -75,39 +78,48 @@ def configurations(
             "MIRROR": True,
             "FULL": full,
             "WIDE": False,
+            "STRAIGHT": straight,
             "EXACT": exact,
             "INTERPRET": False,
             "PRECISION": "ieee" if exact else "tf32",
-            "STAGES": plan.stages,
             "CARRIED": count > 1,
             "PAIRED": state == 1 and rank % 2 == 0 and BYTES[dtype] == 2,
         } | ({"S": 1} if count == 1 else {})
         tail = "full" if full else "part"
         if count > 1:
             ends = common | {"CHANNELS": plan.ends}
-            yield _one(f"{shape} {tail}", ss2d_ends, dtype, ends, plan.ends_warps)
-            yield _one(f"{shape} {tail}", ss2d_adjoint_ends, dtype, ends, plan.ends_warps)
+            chosen = options(plan, "ends")
+            yield _one(f"{shape} {tail}", ss2d_ends, dtype, ends, chosen)
+            yield _one(f"{shape} {tail}", ss2d_adjoint_ends, dtype, ends, chosen)
         for first in (True, False):
             axis = {"FIRST": first} | ({} if first else {"axis": 1})
             name = f"{shape} {tail} {'first' if first else 'second'}"
             output = common | axis | {"CHANNELS": plan.output}
             for save in (True, False):
                 case = f"{name} {'training' if save else 'inference'}"
-                yield _one(case, ss2d_output, dtype, output | {"SAVE": save}, plan.output_warps)
+                yield _one(case, ss2d_output, dtype, output | {"SAVE": save}, options(plan, "output"))
             gradients = common | axis | {"CHANNELS": plan.gradients}
-            yield _one(name, ss2d_gradients, dtype, gradients, plan.gradients_warps)
+            yield _one(name, ss2d_gradients, dtype, gradients, options(plan, "gradients"))
+    blocks = -(-channels // plan.gradients)
+    summed = {"BLOCKS": blocks, "PITCH": pitch, "R": rank, "N": state, "TILE": SUM_TILE}
+    yield _one(shape, ss2d_projected_sum, dtype, summed, {"num_warps": 4})
     if count > 1:
         carry = {"C": channels, "N": state, "CHANNELS": _CARRY_CHANNELS, "INTERPRET": False, "STAGES": 4}
         for reverse in (False, True):
             name = f"{shape} {'reverse' if reverse else 'forward'}"
-            yield _one(name, ss2d_carry, dtype, carry | {"REVERSE": reverse}, 2)
+            yield _one(name, ss2d_carry, dtype, carry | {"REVERSE": reverse}, {"num_warps": 2})
 
 
-def _one(case: str, kernel: Any, dtype: str, constants: dict[str, Any], warps: int) -> Configuration:
+def _one(
+    case: str, kernel: Any, dtype: str, constants: dict[str, Any], chosen: dict[str, int]
+) -> Configuration:
     names = kernel.arg_names
+    chosen = dict(chosen)
+    if "STAGES" in chosen:
+        constants = constants | {"STAGES": chosen.pop("STAGES")}
     constants = {name: value for name, value in constants.items() if name in names}
     types = {name: _type(name, dtype, constants) for name in names if name not in constants}
-    return f"{kernel.__name__} {case}", kernel, types, constants, warps
+    return f"{kernel.__name__} {case}", kernel, types, constants, chosen
 
 
 def _type(name: str, dtype: str, constants: dict[str, Any]) -> str:

@@ -10,7 +10,7 @@ exchange between threads; splitting a tile by steps renames registers and moves 
 import triton
 import triton.language as tl
 
-from vmamba_kernels.exponents import LN2, LOG2E, exp2, log2
+from vmamba_kernels.exponents import LN2, LOG2E, exp2, log2, reciprocal
 from vmamba_kernels.ss2d import tiles
 
 ROWS = tl.constexpr(tiles.ROWS)
@@ -18,21 +18,73 @@ ROWS = tl.constexpr(tiles.ROWS)
 
 @triton.jit
 def softplus2(z, EXACT: tl.constexpr, INTERPRET: tl.constexpr):
-    """log2(1 + 2**z): a few ulp when EXACT, else within 6e-8."""
-    e = exp2(-tl.abs(z), not INTERPRET)
-    u = 1.0 + e
-    tail = log2(u, not INTERPRET)
+    """log2(1 + 2**z): a few ulp when EXACT, else within 3e-7, or 3e-7 of it where it is more than 1."""
     if EXACT:
+        e = exp2(-tl.abs(z), not INTERPRET)
+        u = 1.0 + e
         # log(u) * e / (u - 1) undoes the rounding of 1 + e.
-        tail = tl.where(u == 1.0, e * LOG2E, tail * (e / (u - 1.0)))
-    return tl.maximum(z, 0.0) + tail
+        tail = tl.where(u == 1.0, e * LOG2E, log2(u, not INTERPRET) * (e / (u - 1.0)))
+        return tl.maximum(z, 0.0) + tail
+    else:
+        # Two instructions fewer than by -|z|. The bound keeps 2**z finite; from there on the value is z.
+        return tl.maximum(z, log2(1.0 + power2(z, INTERPRET), not INTERPRET))
 
 
 @triton.jit
-def projected_rows(p_row, m_t, PITCH: tl.constexpr, RP: tl.constexpr, INTERPRET: tl.constexpr):
+def power2(z, INTERPRET: tl.constexpr):
+    """2**z, finite: at most 2**126."""
+    return exp2(tl.minimum(z, 126.0), not INTERPRET)
+
+
+@triton.jit
+def slope2(z, EXACT: tl.constexpr, INTERPRET: tl.constexpr):
+    """The derivative of softplus2: the logistic function of z ln(2); within 6e-8 unless EXACT."""
+    if EXACT:
+        e = exp2(-tl.abs(z), not INTERPRET)
+        return tl.where(z >= 0, 1.0, e) / (1.0 + e)
+    else:
+        return 1.0 - reciprocal(1.0 + power2(z, INTERPRET), not INTERPRET)
+
+
+@triton.jit
+def read(p, mask, SURE: tl.constexpr):
+    """Load what the mask allows, 0 elsewhere; all of it where it is SURE to be there: a mask costs a copy's select."""
+    if SURE:
+        return tl.load(p)
+    else:
+        return tl.load(p, mask=mask, other=0.0)
+
+
+@triton.jit
+def write(p, value, mask, SURE: tl.constexpr):
+    """Store where the mask allows, in the type of the memory; everywhere where it is SURE."""
+    value = value.to(p.dtype.element_ty)
+    if SURE:
+        tl.store(p, value)
+    else:
+        tl.store(p, value, mask=mask)
+
+
+@triton.jit
+def projected_rows(
+    p_row, m_t, PITCH: tl.constexpr, RP: tl.constexpr, FULL: tl.constexpr, INTERPRET: tl.constexpr
+):
     """Load the first RP of the PITCH columns that a tile's rows have; those behind R meet weights that are zero."""
     o_r = tl.arange(0, RP)
-    b_dt = tl.load(p_row[:, None] + o_r[None, :], mask=(o_r[None, :] < PITCH) & m_t[:, None], other=0.0)
+    # What lies behind a direction's columns is another's, and infinity times zero is no zero.
+    b_dt = read(p_row[:, None] + o_r[None, :], (o_r[None, :] < PITCH) & m_t[:, None], FULL and RP <= PITCH)
+    if INTERPRET:
+        b_dt = b_dt.to(tl.float32)
+    return b_dt
+
+
+@triton.jit
+def projected_columns(
+    p_row, m_t, PITCH: tl.constexpr, RP: tl.constexpr, FULL: tl.constexpr, INTERPRET: tl.constexpr
+):
+    """Load what projected_rows loads as (RP, rows): a copy of its own, as a tile in two layouts is not prefetched."""
+    o_r = tl.arange(0, RP)
+    b_dt = read(p_row[None, :] + o_r[:, None], (o_r[:, None] < PITCH) & m_t[None, :], FULL and RP <= PITCH)
     if INTERPRET:
         b_dt = b_dt.to(tl.float32)
     return b_dt
@@ -42,7 +94,7 @@ def projected_rows(p_row, m_t, PITCH: tl.constexpr, RP: tl.constexpr, INTERPRET:
 def time_steps(p_row, m_t, b_w, b_bias, PITCH: tl.constexpr, RP: tl.constexpr, FULL: tl.constexpr,
                EXACT: tl.constexpr, INTERPRET: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Return z and delta of a tile, both in units of log2."""
-    b_dt = projected_rows(p_row, m_t, PITCH, RP, INTERPRET)
+    b_dt = projected_rows(p_row, m_t, PITCH, RP, FULL, INTERPRET)
     b_z = tl.dot(b_dt, b_w, input_precision=PRECISION) * LOG2E + b_bias[None, :]
     b_d = softplus2(b_z, EXACT, INTERPRET)
     if not FULL:
@@ -51,10 +103,10 @@ def time_steps(p_row, m_t, b_w, b_bias, PITCH: tl.constexpr, RP: tl.constexpr, F
 
 
 @triton.jit
-def input_and_output(p_row, m_t, n, R: tl.constexpr, N: tl.constexpr, PAIRED: tl.constexpr):
+def input_and_output(p_row, m_t, n, R: tl.constexpr, N: tl.constexpr, PAIRED: tl.constexpr, FULL: tl.constexpr):
     """Return B * ln(2) and C of state n for each row of a tile; PAIRED reads two 16-bit neighbours as one word."""
     if PAIRED:
-        both = tl.load((p_row + R).to(tl.pointer_type(tl.int32)), mask=m_t, other=0)
+        both = read((p_row + R).to(tl.pointer_type(tl.int32)), m_t, FULL)
         if p_row.dtype.element_ty == tl.bfloat16:
             b_B = (both << 16).to(tl.float32, bitcast=True)
             b_C = (both & -65536).to(tl.float32, bitcast=True)
@@ -62,8 +114,8 @@ def input_and_output(p_row, m_t, n, R: tl.constexpr, N: tl.constexpr, PAIRED: tl
             b_B = both.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
             b_C = (both >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
     else:
-        b_B = tl.load(p_row + R + n, mask=m_t, other=0.0).to(tl.float32)
-        b_C = tl.load(p_row + R + N + n, mask=m_t, other=0.0).to(tl.float32)
+        b_B = read(p_row + R + n, m_t, FULL).to(tl.float32)
+        b_C = read(p_row + R + N + n, m_t, FULL).to(tl.float32)
     return b_B * LN2, b_C
 
 
@@ -81,22 +133,15 @@ def weights(
 
 
 @triton.jit
-def place(
-    p_order,
-    k,
-    i_g,
-    j,
-    S,
-    Q,
-    SPAN: tl.constexpr,
-    STEPS: tl.constexpr,
-    MIRROR: tl.constexpr,
-    FULL: tl.constexpr,
-):
-    """Return the image and the token of each row of tile j of rows 16 i_g ... 16 i_g + 15 of direction k, and a mask.
+def begin(
+    p_order, k, i_g, S, Q, L,
+    SPAN: tl.constexpr, STEPS: tl.constexpr, MIRROR: tl.constexpr, WIDE: tl.constexpr, STRAIGHT: tl.constexpr,
+):  # fmt: skip
+    """Return for each row of a first tile, rows 16 i_g ... 16 i_g + 15 of direction k, where it begins, and a mask.
 
-    With MIRROR, directions 2 and 3 take the segments of an image from the last to the first, so that a program meets
-    the same tokens in both senses.
+    STRAIGHT: its token among all images', and the stride from one step to the next, the same for every segment. Else
+    its place in the table and its image's first token. With MIRROR, directions 2 and 3 take the segments of an image
+    from the last to the first, so that a program meets the same tokens in both senses.
     """
     o_m = tl.arange(0, STEPS * ROWS)
     q = i_g * ROWS + o_m % ROWS
@@ -104,13 +149,35 @@ def place(
     segment = q - image * S
     if MIRROR:
         segment = tl.where(k < 2, segment, S - 1 - segment)
-    o_t = segment * SPAN + j * STEPS + o_m // ROWS
-    if FULL:
-        token = tl.load(p_order + k * (S * SPAN) + o_t)
-        return image, token, token >= -1
+    step = o_m // ROWS
+    p_k = p_order + k * (S * SPAN)
+    inside = q < Q
+    if WIDE:
+        image = image.to(tl.int64)
+    if STRAIGHT:
+        stride = tl.load(p_k + 1) - tl.load(p_k)
+        origin = image * L + tl.load(p_k + segment * SPAN, mask=inside, other=0) + step * stride
+        return origin, stride, inside
     else:
-        token = tl.load(p_order + k * (S * SPAN) + o_t, mask=q < Q, other=-1)
-        return image, token, token >= 0
+        return segment * SPAN + step, image * L, inside
+
+
+@triton.jit
+def place(
+    p_order, k, first, second, inside, j, S,
+    SPAN: tl.constexpr, STEPS: tl.constexpr, FULL: tl.constexpr, STRAIGHT: tl.constexpr,
+):  # fmt: skip
+    """Return the token among all images' of each row of tile j, and a mask; `first` ... `inside` are begin's."""
+    if STRAIGHT:
+        # No load stands between a step and its addresses: what they are of can be asked for tiles ahead.
+        return first + j * STEPS * second, inside
+    else:
+        p = p_order + k * (S * SPAN) + j * STEPS + first
+        if FULL:
+            return second + tl.load(p), inside
+        else:
+            token = tl.load(p, mask=inside, other=-1)
+            return second + token, token >= 0
 
 
 @triton.jit

@@ -5,6 +5,7 @@ and writes tiles.json. The batch has no say, so it never changes an image's bits
 """
 
 import json
+import math
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -21,10 +22,12 @@ TABLE = Path(__file__).with_name("tiles.json")
 
 @dataclass(frozen=True)
 class Plan:
-    """Steps a segment (`span`) and a tile (`steps`: 1, 2 or 4, a divisor), and of each kernel channels and warps.
+    """Steps a segment (`span`) and a tile (`steps`: 1, 2 or 4, a divisor); of each kernel channels, warps and stages.
 
-    `ends` is the first walk of the forward and of the backward, `output` and `gradients` the second. `stages` is the
-    depth of their loads' pipeline: addresses are loaded too, so that 5 is the least that loads a tile ahead.
+    `ends` is the first walk of the forward and of the backward, `output` and `gradients` the second. Stages are the
+    depth of the loads' pipeline: where segments turn, addresses are loaded too, so that 5 is the least that loads a
+    tile ahead; where they are straight, 3 loads two ahead. Registers cap what a thread may hold, for more warps at
+    once; 0: no cap.
     """
 
     span: int = 28
@@ -35,7 +38,11 @@ class Plan:
     ends_warps: int = 1
     output_warps: int = 1
     gradients_warps: int = 1
-    stages: int = 5
+    ends_stages: int = 5
+    output_stages: int = 5
+    gradients_stages: int = 5
+    output_registers: int = 0
+    gradients_registers: int = 0
 
     def __post_init__(self) -> None:
         if self.steps not in (1, 2, 4) or self.span % self.steps:
@@ -85,9 +92,11 @@ def default_plan(length: int, itemsize: int) -> Plan:
     steps = 2 if length >= 392 else 1
     fitting = [n for n in range(wanted // 2, 2 * wanted + 1) if length % n == 0 and n % steps == 0]
     span = min(fitting, key=lambda n: abs(n - wanted), default=wanted)
+    straight = math.isqrt(length) ** 2 == length and math.isqrt(length) % span == 0
+    stages = 3 if straight else 5
     if itemsize > 2:
-        return Plan(span=span, steps=steps, ends=16, output=16, gradients=16)
-    return Plan(span=span, steps=steps)
+        return Plan(span=span, steps=steps, ends=16, output=16, gradients=16, ends_stages=stages)
+    return Plan(span=span, steps=steps, ends_stages=stages, output_stages=stages if steps == 1 else 5)
 
 
 def plan_for(x: Tensor, state: int) -> Plan:
@@ -98,9 +107,17 @@ def plan_for(x: Tensor, state: int) -> Plan:
     return pinned_plans().get(key) or default_plan(height * width, x.element_size())
 
 
+class Walk(NamedTuple):
+    """The token that each direction visits at each step, int32 (4, S * span), for the S segments of an image."""
+
+    order: Tensor
+    count: int
+    straight: bool  # no segment turns: each direction has one stride for all of its steps
+
+
 @lru_cache(maxsize=256)
-def walk_table(pattern: str, height: int, width: int, span: int, device: torch.device) -> tuple[Tensor, int]:
-    """Return int32 (4, S * span), the token that each direction visits at each step, and the S segments of an image.
+def walk_table(pattern: str, height: int, width: int, span: int, device: torch.device) -> Walk:
+    """Return the walk of an image cut into segments of `span` steps.
 
     Where a sequence does not fill its last segment the token is -1: at the end, and for a direction that walks
     another backwards at the beginning, so that both have the same tokens in the same segment.
@@ -111,7 +128,9 @@ def walk_table(pattern: str, height: int, width: int, span: int, device: torch.d
     padded[:, : order.shape[1]] = order
     if mirrored(pattern):
         padded[2:] = padded[:2].flip(1)
-    return padded.to(torch.int32).to(device), count
+    strides = padded.view(4, count, span).diff(dim=2)
+    straight = bool(span > 1 and (padded >= 0).all() and (strides == strides[:, :1, :1]).all())
+    return Walk(padded.to(torch.int32).to(device), count, straight)
 
 
 def mirrored(pattern: str) -> bool:

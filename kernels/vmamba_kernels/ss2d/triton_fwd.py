@@ -11,16 +11,19 @@ launch and both senses in one program, so that no direction has a tensor of its 
 import triton
 import triton.language as tl
 
-from vmamba_kernels.exponents import exp2
+from vmamba_kernels.exponents import exp2, widen
 from vmamba_kernels.ss2d.registers import (
     ROWS,
+    begin,
     input_and_output,
     join_steps,
     place,
+    read,
     segments,
     split_steps,
     time_steps,
     weights,
+    write,
 )
 
 
@@ -29,17 +32,19 @@ def ss2d_ends(
     p_x, p_p, p_w, p_bias, p_A, p_order, p_ends, p_sums, L, S, Q,
     C: tl.constexpr, R: tl.constexpr, N: tl.constexpr, PITCH: tl.constexpr, RP: tl.constexpr,
     SPAN: tl.constexpr, STEPS: tl.constexpr,
-    CHANNELS: tl.constexpr, MIRROR: tl.constexpr, FULL: tl.constexpr, WIDE: tl.constexpr, EXACT: tl.constexpr,
+    CHANNELS: tl.constexpr, MIRROR: tl.constexpr, FULL: tl.constexpr, WIDE: tl.constexpr, STRAIGHT: tl.constexpr, EXACT: tl.constexpr,
     INTERPRET: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
     PAIRED: tl.constexpr,
 ):  # fmt: skip
     """Walk each segment from zero: its end (4, Q, N, C) and its sum of time steps (4, Q, C), in units of log2."""
     BLOCKS: tl.constexpr = (C + CHANNELS - 1) // CHANNELS
+    SURE: tl.constexpr = FULL and C % CHANNELS == 0
     i_g, i_c, k = tl.program_id(0) // BLOCKS, tl.program_id(0) % BLOCKS, tl.program_id(1)
     o_c = i_c * CHANNELS + tl.arange(0, CHANNELS)
     m_c = o_c < C
     b_w, b_bias = weights(p_w, p_bias, k, o_c, m_c, C, R, RP, INTERPRET)
     row, m_row = segments(i_g, k, S, Q, MIRROR)
+    first, second, inside = begin(p_order, k, i_g, S, Q, L, SPAN, STEPS, MIRROR, WIDE, STRAIGHT)
     at = (k * Q + row).to(tl.int64)[:, None]
     m_out = m_row[:, None] & m_c[None, :]
     for n in range(N):
@@ -47,16 +52,13 @@ def ss2d_ends(
         h = tl.zeros((ROWS, CHANNELS), tl.float32)
         total = tl.zeros((ROWS, CHANNELS), tl.float32)
         for j in tl.range(0, SPAN // STEPS, num_stages=STAGES):
-            image, token, m_t = place(p_order, k, i_g, j, S, Q, SPAN, STEPS, MIRROR, FULL)
-            if WIDE:
-                token = token.to(tl.int64)
-            at_t = image * L + token
-            b_x = tl.load(p_x + at_t[:, None] * C + o_c[None, :], mask=m_t[:, None] & m_c[None, :], other=0.0)
+            at_t, m_t = place(p_order, k, first, second, inside, j, S, SPAN, STEPS, FULL, STRAIGHT)
+            b_x = read(p_x + at_t[:, None] * C + o_c[None, :], m_t[:, None] & m_c[None, :], SURE)
             p_row = p_p + at_t * (4 * PITCH) + k * PITCH
-            b_B, _b_C = input_and_output(p_row, m_t, n, R, N, PAIRED)
+            b_B, _b_C = input_and_output(p_row, m_t, n, R, N, PAIRED, FULL)
             _z, b_d = time_steps(p_row, m_t, b_w, b_bias, PITCH, RP, FULL, EXACT, INTERPRET, PRECISION)
             a = split_steps(exp2(b_d * b_A[None, :], not INTERPRET), STEPS, CHANNELS)
-            u = split_steps(b_d * (b_B[:, None] * b_x.to(tl.float32)), STEPS, CHANNELS)
+            u = split_steps(b_d * (b_B[:, None] * widen(b_x, not INTERPRET)), STEPS, CHANNELS)
             d = split_steps(b_d, STEPS, CHANNELS)
             for i in tl.static_range(STEPS):
                 h = a[i] * h + u[i]
@@ -93,7 +95,7 @@ def ss2d_output(
     p_x, p_p, p_w, p_bias, p_A, p_D, p_order, p_starts, p_tiles, p_sum, p_y, L, S, Q, axis,
     C: tl.constexpr, R: tl.constexpr, N: tl.constexpr, PITCH: tl.constexpr, RP: tl.constexpr,
     SPAN: tl.constexpr, STEPS: tl.constexpr,
-    CHANNELS: tl.constexpr, MIRROR: tl.constexpr, FULL: tl.constexpr, WIDE: tl.constexpr, EXACT: tl.constexpr,
+    CHANNELS: tl.constexpr, MIRROR: tl.constexpr, FULL: tl.constexpr, WIDE: tl.constexpr, STRAIGHT: tl.constexpr, EXACT: tl.constexpr,
     INTERPRET: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, CARRIED: tl.constexpr, PAIRED: tl.constexpr,
     SAVE: tl.constexpr,
     FIRST: tl.constexpr,
@@ -106,6 +108,7 @@ def ss2d_output(
     """
     TILES: tl.constexpr = SPAN // STEPS
     BLOCKS: tl.constexpr = (C + CHANNELS - 1) // CHANNELS
+    SURE: tl.constexpr = FULL and C % CHANNELS == 0
     i_g, i_c = tl.program_id(0) // BLOCKS, tl.program_id(0) % BLOCKS
     o_c = i_c * CHANNELS + tl.arange(0, CHANNELS)
     m_c = o_c < C
@@ -114,6 +117,7 @@ def ss2d_output(
         k = axis + 2 * sense
         b_w, b_bias = weights(p_w, p_bias, k, o_c, m_c, C, R, RP, INTERPRET)
         row, m_row = segments(i_g, k, S, Q, MIRROR)
+        first, second, inside = begin(p_order, k, i_g, S, Q, L, SPAN, STEPS, MIRROR, WIDE, STRAIGHT)
         at = (k * Q + row).to(tl.int64)[:, None]
         m_out = m_row[:, None] & m_c[None, :]
         for n in range(N):
@@ -123,19 +127,16 @@ def ss2d_output(
             else:
                 h = tl.zeros((ROWS, CHANNELS), tl.float32)
             for j in tl.range(0, TILES, num_stages=STAGES):
-                image, token, m_t = place(p_order, k, i_g, j, S, Q, SPAN, STEPS, MIRROR, FULL)
-                if WIDE:
-                    token = token.to(tl.int64)
-                at_t = image * L + token
+                at_t, m_t = place(p_order, k, first, second, inside, j, S, SPAN, STEPS, FULL, STRAIGHT)
                 m = m_t[:, None] & m_c[None, :]
                 o_x = at_t[:, None] * C + o_c[None, :]
-                b_x = tl.load(p_x + o_x, mask=m, other=0.0).to(tl.float32)
+                b_x = widen(read(p_x + o_x, m, SURE), not INTERPRET)
                 p_row = p_p + at_t * (4 * PITCH) + k * PITCH
-                b_B, b_C = input_and_output(p_row, m_t, n, R, N, PAIRED)
+                b_B, b_C = input_and_output(p_row, m_t, n, R, N, PAIRED, FULL)
                 _z, b_d = time_steps(p_row, m_t, b_w, b_bias, PITCH, RP, FULL, EXACT, INTERPRET, PRECISION)
                 if SAVE:
                     p_tile = p_tiles + ((at * TILES + j) * N + n) * C + o_c[None, :]
-                    tl.store(p_tile, h.to(p_tiles.dtype.element_ty), mask=m_out)
+                    write(p_tile, h, m_out, SURE)
                 a = split_steps(exp2(b_d * b_A[None, :], not INTERPRET), STEPS, CHANNELS)
                 u = split_steps(b_d * (b_B[:, None] * b_x), STEPS, CHANNELS)
                 states = ()
@@ -146,13 +147,13 @@ def ss2d_output(
                     if n == 0:
                         b_y = b_D[None, :] * b_x
                     else:
-                        b_y = tl.load(p_sum + o_x, mask=m, other=0.0)
+                        b_y = read(p_sum + o_x, m, SURE)
                 else:
-                    b_y = tl.load(p_sum + o_x, mask=m, other=0.0)
+                    b_y = read(p_sum + o_x, m, SURE)
                 b_y += b_C[:, None] * join_steps(states, STEPS, CHANNELS)
                 if FIRST or sense == 0 or n < N - 1:
-                    tl.store(p_sum + o_x, b_y, mask=m)
+                    write(p_sum + o_x, b_y, m, SURE)
                 else:
-                    tl.store(p_y + o_x, b_y.to(p_y.dtype.element_ty), mask=m)
+                    write(p_y + o_x, b_y, m, SURE)
             # What one lane stored another reads in the next walk.
             tl.debug_barrier()
