@@ -351,7 +351,7 @@ def main() -> None:
     folders = [*([] if args.rehearse else [RESULTS]), *([args.out] if args.out else [])]
     official, about_official = imported(args.official)
     say(about_official)
-    agreed = "Gate: see ss2d_core_gpu.md." if args.ungated else gate(device)
+    agreed = "Gate: not run (--ungated)." if args.ungated else gate(device)
     say(agreed)
     engines = [e for e in models_gpu.ENGINES if getattr(args, e)] or ["eager"]
     tiny, vanilla = (REHEARSED, REHEARSED[:1]) if args.rehearse else (TINY, VANILLA_TINY)

@@ -38,7 +38,14 @@ MODELS = {
     "tiny": ((96, 6, 3136), (192, 12, 784), (384, 24, 196), (768, 48, 49)),
     "base": ((128, 8, 3136), (256, 16, 784), (512, 32, 196), (1024, 64, 49)),
 }
-KERNELS = ("ss2d_ends", "ss2d_carry", "ss2d_output", "ss2d_adjoint_ends", "ss2d_gradients", "ss2d_projected_sum")
+KERNELS = (
+    "ss2d_ends",
+    "ss2d_carry",
+    "ss2d_output",
+    "ss2d_adjoint_ends",
+    "ss2d_gradients",
+    "ss2d_projected_sum",
+)
 SPANS = (7, 14, 16, 28, 32, 40, 48, 52, 56, 64, 84, 112)
 STEPS = (1, 2, 4)
 MOST_PADDING = 0.15  # of a sequence's steps

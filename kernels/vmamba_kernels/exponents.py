@@ -49,7 +49,12 @@ def widen(x, FAST: tl.constexpr):
     """x in float32; two bfloat16 of one register by one instruction each, where Triton takes three."""
     if FAST and x.dtype == tl.bfloat16:
         return tl.inline_asm_elementwise(
-            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=r,=r,r", [x], dtype=tl.float32, is_pure=True, pack=2
+            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;",
+            "=r,=r,r",
+            [x],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=2,
         )
     else:
         return x.to(tl.float32)

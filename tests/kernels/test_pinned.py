@@ -37,20 +37,21 @@ MODULES = (
     "vmamba_kernels.scan.triton_bwd",
 )
 TARGETS = (80, 90)
-_TRITON_3_6 = triton.__version__.startswith("3.6.")
 # A configuration's name begins with -> the bytes of stack a thread may use, and why. The longest match counts.
 REGISTER_BOUND = "register-bound: see docs/kernels.md"
 ALLOWED_SPILLS: dict[str, tuple[int, str]] = {
-    "ss2d_gradients bf16 C96 ": (80, REGISTER_BOUND),
-    "ss2d_gradients bf16 C192 R12 N1 ": (64, REGISTER_BOUND),
-    "ss2d_gradients bf16 C384 ": (24, REGISTER_BOUND),
-    "ss2d_gradients bf16 C768 ": (312, REGISTER_BOUND),
-    "ss2d_gradients bf16 C192 R6 N16 ": (760, REGISTER_BOUND),
-    "ss2d_gradients fp32 C96 ": (688, REGISTER_BOUND),
-    "ss2d_output bf16 C96 ": (16, "ptxas stops at 168 registers in inference"),
-    "ss2d_output bf16 C192 R12 ": (16, "ptxas stops at 168 registers in inference"),
-    "ss2d_output bf16 C192 R6 N16 ": (8, "with Triton 3.6 alone: 168 registers in inference"),
-    "ss2d_output bf16 C384 ": (8, "with Triton 3.6 alone: 128 registers in inference"),
+    "ss2d_gradients bf16 C96 ": (32, REGISTER_BOUND),
+    "ss2d_gradients bf16 C192 R12 N1 ": (32, REGISTER_BOUND),
+    "ss2d_gradients bf16 C384 ": (8, f"with Triton 3.6 alone; {REGISTER_BOUND}"),
+    "ss2d_gradients bf16 C768 ": (128, REGISTER_BOUND),
+    "ss2d_gradients bf16 C192 R6 N16 ": (664, REGISTER_BOUND),
+    "ss2d_gradients fp32 C96 ": (472, REGISTER_BOUND),
+    "ss2d_output bf16 C96 ": (16, "with Triton 3.6 alone: ptxas stops at 168 registers in inference"),
+    "ss2d_output bf16 C192 R12 ": (8, "with Triton 3.8 alone: ptxas stops at 168 registers in inference"),
+    "ss2d_output bf16 C192 R6 N16 ": (64, REGISTER_BOUND),
+    "ss2d_output bf16 C384 ": (8, "with Triton 3.8 alone: ptxas stops at 168 registers in inference"),
+    "ss2d_output bf16 C768 ": (16, "with Triton 3.6 alone: capped at 168 registers, .073 ms against .083"),
+    "ss2d_ends bf16 C192 R6 N16 ": (16, "ptxas stops at 168 registers"),
 }
 
 
@@ -91,7 +92,15 @@ def compile_part(part: int, of: int, targets: list[int]) -> None:
         found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
         assert found, usage
         seconds = time.perf_counter() - begin
-        row = [target, name, int(found[1]), int(found[2]), chosen["num_warps"], compiled.metadata.shared, seconds]
+        row = [
+            target,
+            name,
+            int(found[1]),
+            int(found[2]),
+            chosen["num_warps"],
+            compiled.metadata.shared,
+            seconds,
+        ]
         print(json.dumps(row), flush=True)
 
 
@@ -143,7 +152,10 @@ def test_no_configuration_spills_anything_new():
         (t, c[0]) for t in TARGETS for c in collect() if _concerns(c[0], t)
     }
     assert excessive(rows) == {}
-    here = [p for p, (_, why) in ALLOWED_SPILLS.items() if "Triton 3.6" not in why or _TRITON_3_6]
+    version = ".".join(triton.__version__.split(".")[:2])
+    here = [
+        p for p, (_, why) in ALLOWED_SPILLS.items() if "alone" not in why or f"Triton {version} alone" in why
+    ]
     assert [p for p in here if not any(r[1].startswith(p) and r[3] > 0 for r in rows)] == []
 
 
@@ -183,7 +195,14 @@ def test_what_a_launch_passes_is_pinned(channels, rank, length, monkeypatch):
             types = {n: _type(v) for n, v in positional.items() if n not in constants}
             launched.append((self.kernel.__name__, types, constants, options))
 
-    for name in ("ss2d_ends", "ss2d_carry", "ss2d_output", "ss2d_adjoint_ends", "ss2d_gradients", "ss2d_projected_sum"):
+    for name in (
+        "ss2d_ends",
+        "ss2d_carry",
+        "ss2d_output",
+        "ss2d_adjoint_ends",
+        "ss2d_gradients",
+        "ss2d_projected_sum",
+    ):
         monkeypatch.setattr(fused, name, Noted(getattr(fused, name)))
     monkeypatch.setattr(fused, "interpreted", lambda: False)
     monkeypatch.setattr(tiles, "pinned_plans", dict)

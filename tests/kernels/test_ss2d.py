@@ -266,6 +266,11 @@ KERNEL_CASES = [
     (ImageShape(2, 3, 5, 20, 2), "cross2d", Plan(span=15, steps=1)),  # one segment, exactly filled
     (ImageShape(2, 3, 5, 20, 2), "cross2d", Plan(span=16, steps=4, ends=16, output=16, gradients=16)),
     (ImageShape(4, 2, 8, 33, 2), "cross2d", Plan(span=4, steps=4)),  # 16 rows: no tile is in part
+    # Straight segments: whole tiles of rows and channels; neither; six rows of 16, one step a tile; two states.
+    (ImageShape(2, 4, 8, 32, 2), "cross2d", SMALL),
+    (ImageShape(3, 8, 4, 20, 3), "cross2d", SMALL),
+    (ImageShape(1, 6, 3, 16, 2), "unidi", Plan(span=3, steps=1, ends=16, output=16, gradients=16)),
+    (ImageShape(2, 4, 4, 20, 2, 2), "bidi", SMALL),
     (ImageShape(1, 4, 3, 20, 4, 2), "cross2d", SMALL),
     (ImageShape(1, 3, 4, 9, 1, 2), "bidi", SMALL),
     (ImageShape(1, 3, 2, 5, 17, 16), "cross2d", Plan(span=2, steps=2, ends=16, output=16, gradients=16)),
@@ -282,6 +287,48 @@ def test_triton_is_the_permuted_reference(shape, pattern, plan, cut):
     cut(plan)
     found = errors(tensors(shape), pattern)
     assert above(found, TOLERANCE[torch.float32]) == {}
+
+
+@pytest.mark.parametrize("shape", [ImageShape(2, 4, 8, 32, 2), ImageShape(3, 8, 4, 20, 3)], ids=str)
+def test_straight_segments_and_the_table_give_the_same_bits(shape, cut, monkeypatch):
+    cut(SMALL)
+    inputs = tensors(shape)
+    walk = tiles.walk_table("cross2d", shape.height, shape.width, SMALL.span, torch.device("cpu"))
+    assert walk.straight
+    straight = outcome(inputs)
+    made = tiles.walk_table
+    monkeypatch.setattr(fused, "walk_table", lambda *words: made(*words)._replace(straight=False))
+    by_table = outcome(inputs)
+    assert [name for name in straight if not torch.equal(straight[name], by_table[name])] == []
+
+
+def test_a_walk_is_straight_where_no_segment_turns():
+    def straight(pattern: str, height: int, width: int, span: int) -> bool:
+        return tiles.walk_table(pattern, height, width, span, torch.device("cpu")).straight
+
+    assert straight("cross2d", 56, 56, 28)
+    assert straight("cross2d", 14, 28, 7)
+    assert straight("cross2d", 28, 6, 7)  # the tokens of rows follow one another
+    assert not straight("cross2d", 6, 28, 7)  # columns of 6
+    assert straight("bidi", 6, 28, 7)
+    assert straight("unidi", 5, 3, 15)  # rows alone, one after the other
+    assert not straight("unidi", 5, 3, 4)  # the last segment has a step that is none
+    assert not straight("cross2d", 4, 4, 1)
+
+
+@pytest.mark.filterwarnings(
+    "ignore:.*encountered in (divide|multiply)"
+)  # the interpreter's, of what is not taken
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_steps_of_any_length_are_finite(dtype, cut):
+    """The exponential of a time step before its logarithm is bounded, and does not change what is beyond the bound."""
+    cut(SMALL)
+    inputs = tensors(MINI, dtype)
+    inputs["dt_bias"] = torch.linspace(-300, 300, inputs["dt_bias"].numel(), device=DEVICE).view_as(
+        inputs["dt_bias"]
+    )
+    tolerance = 8e-3 if dtype == torch.bfloat16 and not GPU else TOLERANCE[dtype]
+    assert above(errors(inputs), tolerance) == {}
 
 
 @pytest.mark.parametrize(

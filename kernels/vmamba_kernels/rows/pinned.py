@@ -13,7 +13,7 @@ NARROW = {"p_branch", "p_dbranch", "p_y", "p_dy", "p_h", "p_dg"}
 
 
 def pinned() -> list[Configuration]:
-    """Return name, kernel, types by argument, constants and compiler's options: a float32 stream beside bfloat16 branches."""
+    """Return name, kernel, types by argument, constants and options: a float32 stream beside bfloat16 branches."""
     return list(_all())
 
 

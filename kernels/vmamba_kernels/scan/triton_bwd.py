@@ -238,7 +238,7 @@ def backward(
 
 
 def pinned() -> Pinned:
-    """Return name, kernel, types by argument, constants and compiler's options of every configuration that the table can choose."""
+    """Return name, kernel, types by argument, constants and options of each configuration that the table can choose."""
     names = ("g", "u", "delta", "A", "B", "C", "D", "bias", "states")
     gradients = ("du", "ddelta", "dA", "dB", "dC", "dD", "dbias")
     return configurations(

@@ -261,7 +261,7 @@ Pinned = list[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, int]]]
 
 
 def pinned() -> Pinned:
-    """Return name, kernel, types by argument, constants and compiler's options of every configuration that the table can choose."""
+    """Return name, kernel, types by argument, constants and options of each configuration that the table can choose."""
     names = ("u", "delta", "A", "B", "C", "D", "bias", "y", "states")
     return configurations(scan_forward, names, {choice.forward: None for choice in TABLE.values()})
 
@@ -276,6 +276,12 @@ def configurations(kernel: Any, pointers: tuple[str, ...], distinct: Iterable[Ti
         types |= {name: "i32" for name in kernel.arg_names if name in INTEGERS}
         types |= dict.fromkeys(shape | flags, "constexpr")
         entries.append(
-            (f"{kernel.__name__}-{dtype}-N{state}-V{unit}", kernel, types, shape | flags, {"num_warps": tile.warps})
+            (
+                f"{kernel.__name__}-{dtype}-N{state}-V{unit}",
+                kernel,
+                types,
+                shape | flags,
+                {"num_warps": tile.warps},
+            )
         )
     return entries

@@ -64,7 +64,9 @@ class _Problem:
         self.rank, self.state = dt_weight.shape[2], A.shape[1]
         self.pitch = projected.shape[3] // 4
         self.plan: Plan = plan_for(x, self.state)
-        self.order, self.count, straight = walk_table(pattern, self.height, self.width, self.plan.span, x.device)
+        self.order, self.count, straight = walk_table(
+            pattern, self.height, self.width, self.plan.span, x.device
+        )
         self.rows = self.batch * self.count
         self.groups = -(-self.rows // ROWS)
         self.x = x.contiguous()

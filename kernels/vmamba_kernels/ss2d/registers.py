@@ -103,7 +103,9 @@ def time_steps(p_row, m_t, b_w, b_bias, PITCH: tl.constexpr, RP: tl.constexpr, F
 
 
 @triton.jit
-def input_and_output(p_row, m_t, n, R: tl.constexpr, N: tl.constexpr, PAIRED: tl.constexpr, FULL: tl.constexpr):
+def input_and_output(
+    p_row, m_t, n, R: tl.constexpr, N: tl.constexpr, PAIRED: tl.constexpr, FULL: tl.constexpr
+):
     """Return B * ln(2) and C of state n for each row of a tile; PAIRED reads two 16-bit neighbours as one word."""
     if PAIRED:
         both = read((p_row + R).to(tl.pointer_type(tl.int32)), m_t, FULL)

@@ -34,7 +34,8 @@ def ss2d_adjoint_ends(
     p_g, p_p, p_w, p_bias, p_A, p_order, p_ends, p_sums, L, S, Q,
     C: tl.constexpr, R: tl.constexpr, N: tl.constexpr, PITCH: tl.constexpr, RP: tl.constexpr,
     SPAN: tl.constexpr, STEPS: tl.constexpr,
-    CHANNELS: tl.constexpr, MIRROR: tl.constexpr, FULL: tl.constexpr, WIDE: tl.constexpr, STRAIGHT: tl.constexpr, EXACT: tl.constexpr,
+    CHANNELS: tl.constexpr, MIRROR: tl.constexpr, FULL: tl.constexpr, WIDE: tl.constexpr,
+    STRAIGHT: tl.constexpr, EXACT: tl.constexpr,
     INTERPRET: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
     PAIRED: tl.constexpr,
 ):  # fmt: skip
@@ -55,7 +56,9 @@ def ss2d_adjoint_ends(
         mu = tl.zeros((ROWS, CHANNELS), tl.float32)
         total = tl.zeros((ROWS, CHANNELS), tl.float32)
         for back in tl.range(0, TILES, num_stages=STAGES):
-            at_t, m_t = place(p_order, k, first, second, inside, TILES - 1 - back, S, SPAN, STEPS, FULL, STRAIGHT)
+            at_t, m_t = place(
+                p_order, k, first, second, inside, TILES - 1 - back, S, SPAN, STEPS, FULL, STRAIGHT
+            )
             b_g = read(p_g + at_t[:, None] * C + o_c[None, :], m_t[:, None] & m_c[None, :], SURE)
             p_row = p_p + at_t * (4 * PITCH) + k * PITCH
             _b_B, b_C = input_and_output(p_row, m_t, n, R, N, PAIRED, FULL)
@@ -77,15 +80,15 @@ def ss2d_gradients(
     L, S, Q, axis,
     C: tl.constexpr, R: tl.constexpr, N: tl.constexpr, PITCH: tl.constexpr, RP: tl.constexpr,
     PP: tl.constexpr, SPAN: tl.constexpr,
-    STEPS: tl.constexpr, CHANNELS: tl.constexpr, MIRROR: tl.constexpr, FULL: tl.constexpr, WIDE: tl.constexpr, STRAIGHT: tl.constexpr,
-    EXACT: tl.constexpr, INTERPRET: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, CARRIED: tl.constexpr,
-    PAIRED: tl.constexpr, FIRST: tl.constexpr,
+    STEPS: tl.constexpr, CHANNELS: tl.constexpr, MIRROR: tl.constexpr, FULL: tl.constexpr, WIDE: tl.constexpr,
+    STRAIGHT: tl.constexpr, EXACT: tl.constexpr, INTERPRET: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr, CARRIED: tl.constexpr, PAIRED: tl.constexpr, FIRST: tl.constexpr,
 ):  # fmt: skip
     """Walk each segment backwards from what it receives: dx, and the partial sums of all other gradients.
 
-    dx is summed in place in float32, as y is.
-    dp is (BLOCKS, Q / S, L, 4, PITCH) by block of channels, in units of logarithms as the walk has them. The parameters' are by group of 16 rows, a row of
-    dw (4, C, R), dbias (4, C), dA (4, C, N) and dD (C).
+    dx is summed in place in float32, as y is. dp is (BLOCKS, Q / S, L, 4, PITCH) by block of channels, in the walk's
+    units of logarithms. The parameters' are by group of 16 rows, a row of dw (4, C, R), dbias (4, C), dA (4, C, N) and
+    dD (C).
     """
     TILES: tl.constexpr = SPAN // STEPS
     BLOCKS: tl.constexpr = (C + CHANNELS - 1) // CHANNELS
@@ -206,9 +209,16 @@ def ss2d_gradients(
 
 @triton.jit
 def ss2d_projected_sum(
-    p_dp, p_out, COUNT, BLOCKS: tl.constexpr, PITCH: tl.constexpr, R: tl.constexpr, N: tl.constexpr, TILE: tl.constexpr
+    p_dp,
+    p_out,
+    COUNT,
+    BLOCKS: tl.constexpr,
+    PITCH: tl.constexpr,
+    R: tl.constexpr,
+    N: tl.constexpr,
+    TILE: tl.constexpr,
 ):
-    """Add the partial dp (BLOCKS, COUNT) in the order of their blocks, in natural units; COUNT is a multiple of PITCH."""
+    """Add the partial dp (BLOCKS, COUNT) in the order of their blocks, in natural units; PITCH divides COUNT."""
     at = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     inside = at < COUNT
     total = tl.zeros((TILE,), tl.float32)
