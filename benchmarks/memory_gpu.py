@@ -246,24 +246,30 @@ def main() -> None:
         f"{cfg.parallel.zero_stage or 2}" if cfg.parallel.engine == "deepspeed" else ""
     )
     chosen = "cpu" if args.rehearse else "cuda"
-    with world(chosen, alone_too=cfg.parallel.engine != "ddp") as place:
-        rows = [
-            cells
-            for name in models
-            for cells, _ in rows_of(name, args.policies, args.batch, side, args.words, place, device)
-        ]
-        lines = [
-            f"One training step (forward, cross-entropy, backward, clipping, AdamW, average), {args.batch} samples of "
-            f"{side} px, {cfg.precision.compute}, {' '.join(args.words) or 'parallel.engine=ddp'}, one process. "
-            "Planned is what `vmamba plan` counts. Held by the allocator: after the step. Outside: the CUDA context "
-            f"and what else stands on the device. The step is the mean of {STEPS} in a row.",
-            "",
-            *table(COLUMNS, rows),
-        ]
-        if args.largest_batch:
-            lines += ["", *largest(args.words, args.largest_batch, side, place, device)]
     folders = [*([] if args.rehearse else [RESULTS]), *([args.out] if args.out else [])]
-    publish(f"memory_recompute_{engine}_gpu", "Peak memory by model and recompute policy", lines, folders)
+    lines = [
+        f"One training step (forward, cross-entropy, backward, clipping, AdamW, average), {args.batch} samples of "
+        f"{side} px, {cfg.precision.compute}, {' '.join(args.words) or 'parallel.engine=ddp'}, one process. "
+        "Planned is what `vmamba plan` counts. Held by the allocator: after the step. Outside: the CUDA context "
+        f"and what else stands on the device. The step is the mean of {STEPS} in a row.",
+        "",
+    ]
+    rows: list[list[str]] = []
+
+    def write(*more: str) -> None:
+        name = f"memory_recompute_{engine}_gpu"
+        body = [*lines, *table(COLUMNS, rows), *more]
+        publish(name, "Peak memory by model and recompute policy", body, folders)
+
+    with world(chosen, alone_too=cfg.parallel.engine != "ddp") as place:
+        for name in models:
+            rows += [
+                cells
+                for cells, _ in rows_of(name, args.policies, args.batch, side, args.words, place, device)
+            ]
+            write()  # a run that is cut short has what it measured
+        if args.largest_batch:
+            write("", *largest(args.words, args.largest_batch, side, place, device))
 
 
 if __name__ == "__main__":

@@ -207,8 +207,8 @@ class TrainStream:
                 part_images, part = next(workers)
                 at = self._rows_of(positions, worker)
                 # Whole pairs, every so many of them: a strided copy, which is several times faster than an indexed one.
-                # NumPy's, by one thread: the readers have the cores, and torch cuts a copy among as many threads as there
-                # are and waits for the last to be let on (16 cores beside an H200: 950 images/s instead of 3,050).
+                # NumPy's, by one thread: the readers have the cores, and torch cuts a copy among as many threads as it
+                # finds and waits for the last to be let on (16 cores beside an H200: 950 images/s instead of 3,050).
                 if len(part.encoded) < len(at):
                     share = _pairs(channels_first(part_images)).numpy()
                     _pairs(images).numpy()[at[0] // 2 :: self._data.workers] = share

@@ -6,7 +6,7 @@ from typing import Any
 from vmamba_kernels.rows.ops import COLUMNS, PROGRAMS, TILE, _tiles
 from vmamba_kernels.rows.triton_rows import rows_gelu_backward, rows_norm, rows_norm_backward, rows_scale
 
-Configuration = tuple[str, Any, dict[str, str], dict[str, Any], int]
+Configuration = tuple[str, Any, dict[str, str], dict[str, Any], dict[str, int]]
 WIDTHS = (96, 192, 384, 768, 3072)
 FLOAT32 = {"p_w", "p_b", "p_keep", "p_stats", "p_sums", "p_sum", "p_residual"}
 NARROW = {"p_branch", "p_dbranch", "p_y", "p_dy", "p_h", "p_dg"}

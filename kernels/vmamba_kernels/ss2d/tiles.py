@@ -108,10 +108,10 @@ def plan_for(x: Tensor, state: int) -> Plan:
 
 
 class Walk(NamedTuple):
-    """The token that each direction visits at each step, int32 (4, S * span), for the S segments of an image."""
+    """The token that each direction visits at each step, int32 (4, S * span), and S, the segments of an image."""
 
     order: Tensor
-    count: int
+    segments: int
     straight: bool  # no segment turns: each direction has one stride for all of its steps
 
 
