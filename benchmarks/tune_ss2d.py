@@ -38,14 +38,6 @@ MODELS = {
     "tiny": ((96, 6, 3136), (192, 12, 784), (384, 24, 196), (768, 48, 49)),
     "base": ((128, 8, 3136), (256, 16, 784), (512, 32, 196), (1024, 64, 49)),
 }
-KERNELS = (
-    "ss2d_ends",
-    "ss2d_carry",
-    "ss2d_output",
-    "ss2d_adjoint_ends",
-    "ss2d_gradients",
-    "ss2d_projected_sum",
-)
 SPANS = (7, 14, 16, 28, 32, 40, 48, 52, 56, 64, 84, 112)
 STEPS = (1, 2, 4)
 MOST_PADDING = 0.15  # of a sequence's steps
@@ -160,13 +152,14 @@ class Recorder:
 def times(inputs: dict[str, Tensor], plan: Plan, gpu: Gpu, samples: int) -> dict[str, float]:
     """Return the median ms of each kernel by name: all its launches in one forward and backward."""
     launches: dict[str, list[Any]] = defaultdict(list)
-    replaced = {name: Recorder(getattr(fused, name), launches[name]) for name in KERNELS}
+    replaced = {name: Recorder(getattr(fused, name), launches[name]) for name in fused.KERNELS}
     with patch.multiple(fused, **replaced):
         run(inputs, plan)
-    calls = [partial(_repeat, launches[name]) for name in KERNELS]
+    calls = [partial(_repeat, launches[name]) for name in fused.KERNELS]
     rows = [gpu.spans(calls) for _ in range(samples)]
     return {
-        name: statistics.median(column) for name, column in zip(KERNELS, zip(*rows, strict=True), strict=True)
+        name: statistics.median(column)
+        for name, column in zip(fused.KERNELS, zip(*rows, strict=True), strict=True)
     }
 
 
@@ -233,7 +226,7 @@ def choose(measured: dict[Plan, dict[str, float]]) -> tuple[Plan, float]:
 
 def tune(problem: Problem, plans: list[Plan], gpu: Gpu, batch: int, samples: int) -> Plan | None:
     """Measure one problem's plans, print each and return the best; None where none is right."""
-    print(f"\n{problem}, batch {batch}: ms of {', '.join(KERNELS)}", flush=True)
+    print(f"\n{problem}, batch {batch}: ms of {', '.join(fused.KERNELS)}", flush=True)
     small, large = problem.inputs(CHECKED_BATCH), problem.inputs(batch)
     truth = expected(small)
     # The plan in use is a candidate like any other.

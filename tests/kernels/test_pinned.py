@@ -195,14 +195,7 @@ def test_what_a_launch_passes_is_pinned(channels, rank, length, monkeypatch):
             types = {n: _type(v) for n, v in positional.items() if n not in constants}
             launched.append((self.kernel.__name__, types, constants, options))
 
-    for name in (
-        "ss2d_ends",
-        "ss2d_carry",
-        "ss2d_output",
-        "ss2d_adjoint_ends",
-        "ss2d_gradients",
-        "ss2d_projected_sum",
-    ):
+    for name in fused.KERNELS:
         monkeypatch.setattr(fused, name, Noted(getattr(fused, name)))
     monkeypatch.setattr(fused, "interpreted", lambda: False)
     monkeypatch.setattr(tiles, "pinned_plans", dict)

@@ -17,6 +17,15 @@ from vmamba_kernels.ss2d.tiles import ROWS, Plan, mirrored, plan_for, walk_table
 from vmamba_kernels.ss2d.triton_bwd import ss2d_adjoint_ends, ss2d_gradients, ss2d_projected_sum
 from vmamba_kernels.ss2d.triton_fwd import ss2d_carry, ss2d_ends, ss2d_output
 
+# What is launched here, by its name.
+KERNELS = (
+    "ss2d_ends",
+    "ss2d_carry",
+    "ss2d_output",
+    "ss2d_adjoint_ends",
+    "ss2d_gradients",
+    "ss2d_projected_sum",
+)
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 _CARRY_CHANNELS = 64
 SUM_TILE = 1024
