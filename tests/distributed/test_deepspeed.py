@@ -222,6 +222,7 @@ def engine_of(
     compute: str = "float32",
     clip: float = 0.5,
     offload: bool = False,
+    file: str = "",
 ) -> Iterator[Any]:
     """An engine over the micro model in this process's world, and what makes its rank's samples."""
     from vmamba_dist.config.schema import OptimConfig, ParallelConfig, PrecisionConfig
@@ -236,7 +237,9 @@ def engine_of(
             objective = Classify(create_model("vmamba_atto", num_classes=10, drop_path_rate=0.1), seed=5)
         found = parallelize(
             objective,
-            parallel=ParallelConfig(engine=engine, zero_stage=stage, cpu_offload=offload),  # type: ignore[arg-type]
+            parallel=ParallelConfig(
+                engine=engine, zero_stage=stage, cpu_offload=offload, deepspeed_config=file
+            ),  # type: ignore[arg-type]
             precision=PrecisionConfig(compute=compute),  # type: ignore[arg-type]
             optim=OptimConfig(lr=1e-3, clip=clip),
             world=place,
@@ -354,8 +357,10 @@ def test_a_step_that_is_not_finite_is_refused_by_all(
     assert not math.isfinite(norm)
 
 
-def clipped(engine: str, stage: int | None, clip: float) -> tuple[list[float], dict[str, Tensor]]:
-    with engine_of(engine, stage, clip=clip) as (built, rank):
+def clipped(
+    engine: str, stage: int | None, clip: float, file: str = ""
+) -> tuple[list[float], dict[str, Tensor]]:
+    with engine_of(engine, stage, clip=clip, file=file) as (built, rank):
         norms = [one_step(built, step, rank, clip)[0] for step in range(2)]
         moments = {n: t.detach().clone() for n, t in built.state().items() if n.endswith("exp_avg")}
         return norms, moments
@@ -375,6 +380,17 @@ def test_clipping_is_torchs(stage: int, ranks: int, clip: float) -> None:
     assert moments.keys() == expected.keys()
     for name, moment in moments.items():
         assert (moment - expected[name]).norm() <= 1e-6 * expected[name].norm(), name
+
+
+@pytest.mark.parametrize("own", [{}, {"overlap_comm": True}])
+@pytest.mark.parametrize("stage", [1, 2])
+def test_alone_buckets_of_any_size_are_no_error(stage: int, own: dict[str, Any], tmp_path: Path) -> None:
+    """Without contiguous_gradients DeepSpeed fails where a depthwise weight's gradient has a bucket to itself."""
+    file = tmp_path / "own.json"
+    file.write_text(json.dumps({"zero_optimization": {"reduce_bucket_size": 1000, **own}}))
+    expected, _ = world(1).run(clipped, "ddp", None, 0.1)[0]
+    found, _ = world(1).run(clipped, "deepspeed", stage, 0.1, str(file))[0]
+    assert found == pytest.approx(expected, rel=1e-6)
 
 
 def host_reads(stage: int) -> list[str]:
@@ -430,10 +446,11 @@ def ops_of_a_backward(engine: str, stage: int | None) -> int:
         return count
 
 
-def test_zero_1_alone_adds_nothing_to_a_backward() -> None:
+@pytest.mark.parametrize("stage", [1, 2])
+def test_alone_zero_adds_nothing_to_a_backward(stage: int) -> None:
     """DeepSpeed's reduction would be several operations a parameter, with nobody to reduce with."""
-    plain, zero1 = (world(1).run(ops_of_a_backward, *one)[0] for one in (("ddp", None), ("deepspeed", 1)))
-    assert plain <= zero1 <= plain + 5
+    plain, zero = (world(1).run(ops_of_a_backward, *one)[0] for one in (("ddp", None), ("deepspeed", stage)))
+    assert plain <= zero <= plain + 5
 
 
 def recurrence(stage: int) -> list[str]:

@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import islice
@@ -26,6 +27,7 @@ from vmamba_dist.data.reader import DataError
 from vmamba_dist.data.shards import Index, read_index
 from vmamba_dist.data.stream import TrainStream, eval_batches
 from vmamba_dist.data.workers import WorkerError
+from vmamba_dist.train.assemble import _shown
 from vmamba_dist.train.feed import Feed
 from vmamba_dist.train.progress import Progress
 
@@ -173,6 +175,15 @@ def test_it_reads_while_the_step_computes_and_no_further_than_asked(index: Index
         batches.close()
 
 
+def test_no_batch_stays_when_the_next_is_taken(index: Index) -> None:
+    """The first is looked at for TensorBoard. Held by that, its images would take a GPU's memory for ever."""
+    with stream(index, 0) as made:
+        batches = _shown(made.batches(), None, 0)
+        first = weakref.ref(next(batches).images)
+        next(batches)
+        assert first() is None
+
+
 def test_a_bad_sample_counts_once_its_batch_is_taken(tmp_path: Path) -> None:
     damaged = read_index(make_damaged_set(tmp_path))
     expected = plain(damaged, 32)
@@ -223,6 +234,17 @@ def test_an_error_of_the_work_is_raised_where_its_batch_would_have_been_taken(in
         with pytest.raises(ValueError, match="in the thread"):
             next(batches)
         batches.close()
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="states what a machine without CUDA answers")
+def test_a_device_that_cannot_be_had_is_an_error_and_no_hang() -> None:
+    """The thread's stream is the first thing that a sick device refuses. Its error is raised like any other; were it
+    the thread's own, the loop would wait for batches for ever."""
+    batches = Ahead(iter([]), lambda batch: batch, torch.device("cuda", 0))
+    with pytest.raises((RuntimeError, AssertionError), match=r"NVIDIA|CUDA|Stream"):
+        next(batches)
+    batches.close()
 
 
 @pytest.mark.parametrize("taken", [0, 1, 5])

@@ -76,6 +76,19 @@ def test_deepspeed_waits_for_the_device_only_where_it_must(stage: int, tmp_path:
     assert zero_config.clips_on_device(config) == (stage < 3)
 
 
+def test_alone_zero_2_is_zero_1(tmp_path: Path) -> None:
+    """And no gradient is hooked or goes through a bucket, unless a file asks for it. On the host's way they all do."""
+    own = {"zero_optimization": {"stage": 2, "overlap_comm": True}}
+    for stage in (1, 2):
+        zero = config_of(zero_stage=stage, ranks=1)["zero_optimization"]
+        assert (zero["stage"], zero["contiguous_gradients"]) == (1, False)
+    zero = config_of(own, tmp_path, ranks=1)["zero_optimization"]
+    assert (zero["stage"], zero["overlap_comm"], "contiguous_gradients" in zero) == (1, True, False)
+    for alone in (config_of(zero_stage=2, cpu_offload=True, ranks=1), config_of(ranks=2)):
+        assert alone["zero_optimization"]["stage"] == 2
+        assert "contiguous_gradients" not in alone["zero_optimization"]
+
+
 def test_a_file_of_the_users_own_is_merged(tmp_path: Path) -> None:
     theirs = {
         "train_batch_size": "auto",

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from queue import Empty, Full, Queue
@@ -104,17 +104,27 @@ class Ahead:
                     raise RuntimeError("the batches read ahead are closed") from None
 
     def _run(self) -> None:
-        stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None  # type: ignore[no-untyped-call]
-        with torch.cuda.stream(stream) if stream is not None else nullcontext():
-            try:
-                for batch in self._batches:
-                    if self._closing.is_set():
-                        return
-                    made = self._work(batch)
-                    self._put((made, stream.record_event() if stream is not None else None))
-                self._put(StopIteration())
-            except BaseException as error:  # noqa: BLE001  it is raised where the batches are taken
-                self._put(error)
+        try:
+            stream = self._own_stream()
+            for batch in self._batches:
+                if self._closing.is_set():
+                    return
+                made = self._work(batch)
+                self._put((made, stream.record_event() if stream is not None else None))
+            self._put(StopIteration())
+        except BaseException as error:  # noqa: BLE001  it is raised where the batches are taken
+            self._put(error)
+
+    def _own_stream(self) -> torch.cuda.Stream | None:
+        """Set this thread to a stream of its own, and so to its device: a thread begins at the first GPU.
+
+        For good: torch's context manager would go back there at the end, to memory that is another rank's.
+        """
+        if self._device.type != "cuda":
+            return None
+        stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        torch.cuda.set_stream(stream)
+        return stream
 
     def _put(self, item: tuple[Batch, torch.cuda.Event | None] | BaseException) -> None:
         while not self._closing.is_set():

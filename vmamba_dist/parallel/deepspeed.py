@@ -85,7 +85,7 @@ class DeepSpeedEngine:
         self._engine = _initialize(objective, config, optim, decayed)
         self._zero = self._engine.optimizer
         self._parameters: dict[str, Any] = dict(objective.named_parameters())  # ZeRO-3 hangs much on them
-        # One process under ZeRO-1 has its mean gradient where the backward left it. DeepSpeed would go through its
+        # One process alone has its mean gradient where the backward left it. DeepSpeed would go through its
         # reduction, a dozen small calls a parameter on the host; where a file of the user's asks for hooks, it may.
         self._reduces = (
             world.size > 1 or self._stage > 1 or not self._clips or bool(self._zero._grad_acc_hooks)

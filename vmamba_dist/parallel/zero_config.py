@@ -132,9 +132,8 @@ def build_config(
         "allgather_bucket_size": bucket,
     }
     if stage < 3 and ranks == 1:
-        # Nothing is exchanged: to overlap it DeepSpeed would wait for the device at each backward's end, and gradients
-        # would go into a bucket and out again one by one.
-        zero |= {"overlap_comm": False, "contiguous_gradients": False}
+        # Nothing is exchanged: to overlap it DeepSpeed would wait for the device at each backward's end.
+        zero["overlap_comm"] = False
     if stage == 3:
         zero |= {
             # What DeepSpeed keeps whole between uses is a copy: who writes the parts, as the average's swap does,
@@ -168,6 +167,12 @@ def build_config(
     if clips_on_device(config):
         config["gradient_clipping"] = 0.0
         zero["compute_grad_norm"] = False
+        if ranks == 1:
+            zero["stage"] = 1  # alone a process has every part: ZeRO-2 holds no less, and would reduce
+            if not zero["overlap_comm"]:
+                # Then DeepSpeed hangs no hook on a gradient, and our engine leaves its reduction out. Where it reduces,
+                # this stays on: without, it fails at a bucket that holds a depthwise weight's gradient alone.
+                zero.setdefault("contiguous_gradients", False)
     return config
 
 

@@ -205,6 +205,8 @@ def _fsdp(job: Job, size: float, average: float, accumulating: bool) -> Standing
 def _deepspeed(job: Job, size: float, average: float, accumulating: bool) -> Standing:
     parallel = job.cfg.parallel
     stage = parallel.zero_stage or DEFAULT_STAGE
+    if stage == 2 and job.gpus == 1 and not parallel.cpu_offload:
+        stage = 1  # as zero_config.py has it
     share = size / job.gpus
     bucket = float(FLOAT32 * min(BUCKET, job.params))
     optimizer = {"master weights": share, "optimizer": 2 * share, "gradient parts": share}
@@ -214,8 +216,8 @@ def _deepspeed(job: Job, size: float, average: float, accumulating: bool) -> Sta
         buffers = {"buckets": 2 * bucket, "gathered weights": bucket + FLOAT32 * largest}
     else:
         state = {"weights": size, **optimizer, "average": average}
-        # One is filled while the other is reduced. A process alone has one, and under ZeRO-1 after its backward only.
-        alone = bucket if stage == 2 or parallel.cpu_offload else 0.0
+        # One is filled while the other is reduced. A process alone has one, and that for gradients that go to the host.
+        alone = bucket if parallel.cpu_offload else 0.0
         buffers = {"buckets": 2 * bucket if job.gpus > 1 else alone}
     host: dict[str, float] = {}
     if parallel.cpu_offload:

@@ -400,4 +400,5 @@ def _shown(batches: Iterator[Batch], writers: Writers | None, count: int) -> Ite
         if writers is not None and writers.tensorboard is not None and count:
             writers.tensorboard.add_images("train/augmented", first.images[:count].cpu().numpy(), first.step)
         yield first
+        del first  # else its images would stay on the device as long as the run
     yield from batches
