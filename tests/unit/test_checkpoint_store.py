@@ -288,3 +288,19 @@ def test_a_checkpoint_that_the_run_deletes_meanwhile_is_not_called_damaged(
     make(tmp_path, 10)
     assert command.main(["list", str(tmp_path)]) == 0
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["step-000000020"]
+
+
+def test_nor_is_one_that_it_deletes_while_its_files_are_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = make(tmp_path, 10)
+    read = store.describe
+
+    def retire_then_read(file: Path) -> store.FileRecord:
+        if path.exists():
+            store.remove(path)
+        return read(file)
+
+    monkeypatch.setattr(store, "describe", retire_then_read)
+    assert command.main(["verify", str(path)]) == 0
+    assert capsys.readouterr().out.startswith("step-000000010  deleted meanwhile")
