@@ -185,7 +185,13 @@ def test_a_follower_leaves_the_job_alone_and_a_cancelled_job_stays_cancelled(
     ]
     shown = tmp_path / "shown"
     with shown.open("wb") as out:
-        follower = subprocess.Popen(line, stdout=out, stderr=subprocess.STDOUT)
+        # As in a terminal: whoever runs the tests in a shell's background has Ctrl-C ignored, and so would this.
+        follower = subprocess.Popen(
+            line,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
     try:
         wait_until(lambda: " step 5/" in shown.read_text(), "progress")
         follower.send_signal(signal.SIGINT)
