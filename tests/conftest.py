@@ -16,8 +16,17 @@ import pytest
 import torch
 
 from distributed import world
+from vmamba_dist.data.shards import pack
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The handwritten digits as a set of shards, which no test changes."""
+    folder = tmp_path_factory.mktemp("digits") / "set"
+    pack("digits", folder)
+    return folder
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -8,14 +8,6 @@ import pytest
 
 from distributed.equivalence import BF16, Lines, learned
 from distributed.micro import metrics
-from vmamba_dist.data.shards import pack
-
-
-@pytest.fixture(scope="session")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("digits") / "set"
-    pack("digits", folder)
-    return folder
 
 
 @pytest.fixture(scope="session")

@@ -9,18 +9,10 @@ import pytest
 from distributed.micro import metrics, train, words
 from distributed.world import world
 from vmamba_dist.config import ConfigError
-from vmamba_dist.data.shards import pack
 
 pytestmark = pytest.mark.distributed
 BATCH = 32
 LONG, SHORT = 24 * BATCH, 12 * BATCH  # budgets; the short one decays from step 9 on
-
-
-@pytest.fixture(scope="module")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("digits") / "set"
-    pack("digits", folder)
-    return folder
 
 
 def budget(samples: int) -> list[str]:

@@ -31,7 +31,6 @@ from vmamba_dist.config import load as load_config
 from vmamba_dist.core.dist import is_of_a_collective
 from vmamba_dist.core.dist import world as joined
 from vmamba_dist.data.batch import Batch
-from vmamba_dist.data.shards import pack
 from vmamba_dist.objectives.base import Inputs, LossTerms
 from vmamba_dist.parallel.plan import parallelize
 from vmamba_dist.train import rollback
@@ -47,13 +46,6 @@ ENGINES = {
     "zero-3": ["parallel.engine=deepspeed", "parallel.zero_stage=3", "parallel.recompute=block"],
 }
 SLOW = {"hsdp, selective", "zero-2", "zero-3"}
-
-
-@pytest.fixture(scope="module")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("digits") / "set"
-    pack("digits", folder)
-    return folder
 
 
 def short(digits: Path, run_dir: Path, *more: str) -> list[str]:

@@ -24,18 +24,10 @@ from vmamba_dist.checkpoint.store import list_checkpoints, step_of, verify_check
 from vmamba_dist.config.schema import CheckpointConfig
 from vmamba_dist.core.dist import World
 from vmamba_dist.core.rundir import RunDir, last_attempt
-from vmamba_dist.data.shards import pack
 
 pytestmark = pytest.mark.distributed
 RANKS = 4
 LIMIT_S = 120.0  # for one start, on a busy machine
-
-
-@pytest.fixture(scope="module")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("digits") / "set"
-    pack("digits", folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

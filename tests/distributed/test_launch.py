@@ -19,7 +19,6 @@ import pytest
 
 from vmamba_dist.checkpoint.store import list_checkpoints
 from vmamba_dist.cluster import submit
-from vmamba_dist.data.shards import pack
 
 pytestmark = pytest.mark.distributed
 
@@ -36,13 +35,6 @@ TORCHRUN = [
     "vmamba_dist.train",
 ]
 LIMIT_S = 120  # for one start on a busy machine
-
-
-@pytest.fixture(scope="module")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("digits") / "set"
-    pack("digits", folder)
-    return folder
 
 
 @pytest.fixture

@@ -11,7 +11,6 @@ import pytest
 from distributed.equivalence import STEPS, Lines, by_engine, distance
 from distributed.launcher import Launcher
 from distributed.micro import metrics, words
-from vmamba_dist.data.shards import pack
 
 pytestmark = [pytest.mark.distributed, pytest.mark.multigpu, pytest.mark.timeout(400)]
 
@@ -29,13 +28,6 @@ def launcher() -> Iterator[Launcher]:
     launcher = Launcher()
     yield launcher
     launcher.close()
-
-
-@pytest.fixture(scope="module")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("digits") / "set"
-    pack("digits", folder)
-    return folder
 
 
 def learned(launcher: Launcher, digits: Path, run_dir: Path, ranks: int, *more: str) -> Lines:

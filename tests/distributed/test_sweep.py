@@ -33,13 +33,6 @@ ROOT = Path(__file__).resolve().parents[2]
 LIMIT_S = 120
 
 
-@pytest.fixture(scope="module")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("digits") / "set"
-    pack("digits", folder)
-    return folder
-
-
 def line(digits: Path, folder: Path, *more: str) -> list[str]:
     """The command of a sweep of micro runs."""
     base = words(digits, folder, "eval.every_epochs=0", "checkpoint.async_save=false", *more)

@@ -30,7 +30,7 @@ from vmamba_dist.config import load as load_config
 from vmamba_dist.core.dist import World
 from vmamba_dist.core.dist import world as joined
 from vmamba_dist.core.rundir import RunBusy, RunDir
-from vmamba_dist.data.shards import pack, read_index
+from vmamba_dist.data.shards import read_index
 from vmamba_dist.train import evaluate
 from vmamba_dist.train import run as run_training
 from vmamba_dist.train.__main__ import main
@@ -386,13 +386,6 @@ def test_an_infinite_weight_is_named_and_its_checkpoint_before_goes_on(odd: Path
     assert [line["applied"] for line in strict_lines(tmp_path)] == [True] * 4 + [False] * 3
     assert world(1).run(train, [*args, "run.max_steps=6"]) == ["paused"]
     assert all(line["applied"] for line in strict_lines(tmp_path))
-
-
-@pytest.fixture(scope="module")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("digits") / "set"
-    pack("digits", folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

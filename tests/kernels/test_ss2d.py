@@ -302,6 +302,19 @@ def test_straight_segments_and_the_table_give_the_same_bits(shape, cut, monkeypa
     assert [name for name in straight if not torch.equal(straight[name], by_table[name])] == []
 
 
+@pytest.mark.skipif(GPU, reason="takes 6 GiB, of which a CPU touches a few pages")
+def test_partial_sums_that_together_pass_two_to_the_31_elements_are_added(monkeypatch):
+    """COUNT alone is within an int32, its multiples are not."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+    count, blocks = 2**30, 3
+    partial_sums = torch.empty(blocks, count, dtype=torch.float16)
+    partial_sums[:, :16] = torch.arange(1.0, 4.0)[:, None]
+    out = torch.empty(16)
+    constants = {"BLOCKS": blocks, "PITCH": 8, "R": 0, "N": 0, "TILE": 16}
+    fused.ss2d_projected_sum[(1,)](partial_sums, out, count, **constants)
+    assert torch.equal(out, torch.full((16,), 6.0))
+
+
 def test_a_walk_is_straight_where_no_segment_turns():
     def straight(pattern: str, height: int, width: int, span: int) -> bool:
         return tiles.walk_table(pattern, height, width, span, torch.device("cpu")).straight

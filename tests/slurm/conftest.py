@@ -11,7 +11,6 @@ import pytest
 
 from distributed import micro
 from slurm import lab
-from vmamba_dist.data.shards import pack
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -40,13 +39,6 @@ def _nothing_left(_cluster: None) -> Iterator[None]:
     lab.slurm("scancel", "--user=root")
     lab.wait_until(lambda: not lab.slurm("squeue", "-h"), "an empty queue")
     lab.cluster("up")
-
-
-@pytest.fixture(scope="session")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("digits") / "set"
-    pack("digits", folder)
-    return folder
 
 
 @pytest.fixture(scope="session")

@@ -43,9 +43,8 @@ def counter_uniform(seed: int, *counters: Tensor | int | str) -> Tensor:
     so CPU and GPU give the same bits.
     """
     device = next((c.device for c in counters if isinstance(c, Tensor)), torch.device("cpu"))
-    state = torch.full(
-        (), seed, dtype=torch.int64, device=device
-    )  # a copy from the host would wait for the device
+    # Filled there: a copy from the host would wait for the device.
+    state = torch.full((), seed, dtype=torch.int64, device=device)
     for counter in counters:
         value = tag(counter) if isinstance(counter, str) else counter
         state = _splitmix(

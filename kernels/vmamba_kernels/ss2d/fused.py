@@ -28,7 +28,7 @@ KERNELS = (
 )
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 _CARRY_CHANNELS = 64
-SUM_TILE = 1024
+_SUM_TILE = 1024
 
 
 def _power_of_two(n: int) -> int:
@@ -218,9 +218,16 @@ def backward(
     with torch.cuda.device_of(x):
         launch(
             ss2d_projected_sum,
-            (-(-d_projected.numel() // SUM_TILE),),
+            (-(-d_projected.numel() // _SUM_TILE),),
             (dp, d_projected, d_projected.numel()),
-            {"BLOCKS": blocks, "PITCH": p.pitch, "R": p.rank, "N": p.state, "TILE": SUM_TILE, "num_warps": 4},
+            {
+                "BLOCKS": blocks,
+                "PITCH": p.pitch,
+                "R": p.rank,
+                "N": p.state,
+                "TILE": _SUM_TILE,
+                "num_warps": 4,
+            },
         )
     d_weight, d_bias, d_A, d_D = parameters.sum(0).split(sizes)
     return (

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from vmamba_kernels.ss2d import tiles
-from vmamba_kernels.ss2d.fused import _CARRY_CHANNELS, SUM_TILE, _power_of_two, options
+from vmamba_kernels.ss2d.fused import _CARRY_CHANNELS, _SUM_TILE, _power_of_two, options
 from vmamba_kernels.ss2d.tiles import ROWS, Plan
 from vmamba_kernels.ss2d.triton_bwd import ss2d_adjoint_ends, ss2d_gradients, ss2d_projected_sum
 from vmamba_kernels.ss2d.triton_fwd import ss2d_carry, ss2d_ends, ss2d_output
@@ -30,9 +30,9 @@ def pinned() -> list[Configuration]:
     """
     found: dict[tuple[str, str], Configuration] = {}
     for configuration in _all():
-        name, kernel, types, constants, options = configuration
+        name, kernel, types, constants, chosen = configuration
         generation = next((word for word in name.split() if word.startswith("sm_")), "")
-        same = f"{kernel.__name__} {types} {constants} {options}"
+        same = f"{kernel.__name__} {types} {constants} {chosen}"
         if ("", same) not in found:  # one of no generation is compiled for all
             found.setdefault((generation, same), configuration)
     return list(found.values())
@@ -101,7 +101,7 @@ def configurations(
             gradients = common | axis | {"CHANNELS": plan.gradients}
             yield _one(name, ss2d_gradients, dtype, gradients, options(plan, "gradients"))
     blocks = -(-channels // plan.gradients)
-    summed = {"BLOCKS": blocks, "PITCH": pitch, "R": rank, "N": state, "TILE": SUM_TILE}
+    summed = {"BLOCKS": blocks, "PITCH": pitch, "R": rank, "N": state, "TILE": _SUM_TILE}
     yield _one(shape, ss2d_projected_sum, dtype, summed, {"num_warps": 4})
     if count > 1:
         carry = {"C": channels, "N": state, "CHANNELS": _CARRY_CHANNELS, "INTERPRET": False, "STAGES": 4}

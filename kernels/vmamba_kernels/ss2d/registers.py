@@ -26,7 +26,7 @@ def softplus2(z, EXACT: tl.constexpr, INTERPRET: tl.constexpr):
         tail = tl.where(u == 1.0, e * LOG2E, log2(u, not INTERPRET) * (e / (u - 1.0)))
         return tl.maximum(z, 0.0) + tail
     else:
-        # Two instructions fewer than by -|z|. The bound keeps 2**z finite; from there on the value is z.
+        # One instruction fewer than by -|z|. The bound keeps 2**z finite; from there on the value is z.
         return tl.maximum(z, log2(1.0 + power2(z, INTERPRET), not INTERPRET))
 
 
@@ -139,11 +139,12 @@ def begin(
     p_order, k, i_g, S, Q, L,
     SPAN: tl.constexpr, STEPS: tl.constexpr, MIRROR: tl.constexpr, WIDE: tl.constexpr, STRAIGHT: tl.constexpr,
 ):  # fmt: skip
-    """Return for each row of a first tile, rows 16 i_g ... 16 i_g + 15 of direction k, where it begins, and a mask.
+    """Return for each row of a first tile, rows 16 i_g ... 16 i_g + 15 of direction k, its origin, its way, and a mask.
 
-    STRAIGHT: its token among all images', and the stride from one step to the next, the same for every segment. Else
-    its place in the table and its image's first token. With MIRROR, directions 2 and 3 take the segments of an image
-    from the last to the first, so that a program meets the same tokens in both senses.
+    Origins are tokens among all images'. STRAIGHT: where the row begins, and the stride from one step to the next, the
+    same for every segment. Else where its image begins, and the row's place in the table. With MIRROR, directions 2
+    and 3 take the segments of an image from the last to the first, so that a program meets the same tokens in both
+    senses.
     """
     o_m = tl.arange(0, STEPS * ROWS)
     q = i_g * ROWS + o_m % ROWS
@@ -161,25 +162,25 @@ def begin(
         origin = image * L + tl.load(p_k + segment * SPAN, mask=inside, other=0) + step * stride
         return origin, stride, inside
     else:
-        return segment * SPAN + step, image * L, inside
+        return image * L, segment * SPAN + step, inside
 
 
 @triton.jit
 def place(
-    p_order, k, first, second, inside, j, S,
+    p_order, k, origin, way, inside, j, S,
     SPAN: tl.constexpr, STEPS: tl.constexpr, FULL: tl.constexpr, STRAIGHT: tl.constexpr,
 ):  # fmt: skip
-    """Return the token among all images' of each row of tile j, and a mask; `first` ... `inside` are begin's."""
+    """Return the token among all images' of each row of tile j, and a mask, from what begin returned."""
     if STRAIGHT:
         # No load stands between a step and its addresses: what they are of can be asked for tiles ahead.
-        return first + j * STEPS * second, inside
+        return origin + j * STEPS * way, inside
     else:
-        p = p_order + k * (S * SPAN) + j * STEPS + first
+        p = p_order + k * (S * SPAN) + j * STEPS + way
         if FULL:
-            return second + tl.load(p), inside
+            return origin + tl.load(p), inside
         else:
             token = tl.load(p, mask=inside, other=-1)
-            return second + token, token >= 0
+            return origin + token, token >= 0
 
 
 @triton.jit

@@ -48,7 +48,7 @@ def ss2d_adjoint_ends(
     m_c = o_c < C
     b_w, b_bias = weights(p_w, p_bias, k, o_c, m_c, C, R, RP, INTERPRET)
     row, m_row = segments(i_g, k, S, Q, MIRROR)
-    first, second, inside = begin(p_order, k, i_g, S, Q, L, SPAN, STEPS, MIRROR, WIDE, STRAIGHT)
+    origin, way, inside = begin(p_order, k, i_g, S, Q, L, SPAN, STEPS, MIRROR, WIDE, STRAIGHT)
     at = (k * Q + row).to(tl.int64)[:, None]
     m_out = m_row[:, None] & m_c[None, :]
     for n in range(N):
@@ -57,7 +57,7 @@ def ss2d_adjoint_ends(
         total = tl.zeros((ROWS, CHANNELS), tl.float32)
         for back in tl.range(0, TILES, num_stages=STAGES):
             at_t, m_t = place(
-                p_order, k, first, second, inside, TILES - 1 - back, S, SPAN, STEPS, FULL, STRAIGHT
+                p_order, k, origin, way, inside, TILES - 1 - back, S, SPAN, STEPS, FULL, STRAIGHT
             )
             b_g = read(p_g + at_t[:, None] * C + o_c[None, :], m_t[:, None] & m_c[None, :], SURE)
             p_row = p_p + at_t * (4 * PITCH) + k * PITCH
@@ -106,7 +106,7 @@ def ss2d_gradients(
         b_w, b_bias = weights(p_w, p_bias, k, o_c, m_c, C, R, RP, INTERPRET)
         b_wide, _bias = weights(p_w, p_bias, k, o_c, m_c, C, R, PP, INTERPRET)
         row, m_row = segments(i_g, k, S, Q, MIRROR)
-        first, second, inside = begin(p_order, k, i_g, S, Q, L, SPAN, STEPS, MIRROR, WIDE, STRAIGHT)
+        origin, way, inside = begin(p_order, k, i_g, S, Q, L, SPAN, STEPS, MIRROR, WIDE, STRAIGHT)
         at = (k * Q + row).to(tl.int64)[:, None]
         m_out = m_row[:, None] & m_c[None, :]
         b_dw = tl.zeros((RP, CHANNELS), tl.float32)
@@ -125,7 +125,7 @@ def ss2d_gradients(
             b_dA = tl.zeros((ROWS, CHANNELS), tl.float32)
             for back in tl.range(0, TILES, num_stages=STAGES):
                 j = TILES - 1 - back
-                at_t, m_t = place(p_order, k, first, second, inside, j, S, SPAN, STEPS, FULL, STRAIGHT)
+                at_t, m_t = place(p_order, k, origin, way, inside, j, S, SPAN, STEPS, FULL, STRAIGHT)
                 m = m_t[:, None] & m_c[None, :]
                 o_x = at_t[:, None] * C + o_c[None, :]
                 b_x = widen(read(p_x + o_x, m, SURE), not INTERPRET)
@@ -222,8 +222,10 @@ def ss2d_projected_sum(
     at = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     inside = at < COUNT
     total = tl.zeros((TILE,), tl.float32)
-    for block in tl.range(0, BLOCKS, loop_unroll_factor=4):
-        total += tl.load(p_dp + block * COUNT + at, mask=inside, other=0.0).to(tl.float32)
+    p_block = p_dp + at
+    for _block in tl.range(0, BLOCKS, loop_unroll_factor=4):
+        total += tl.load(p_block, mask=inside, other=0.0).to(tl.float32)
+        p_block += COUNT  # blocks together may pass 2**31 elements where one does not
     column = (at % PITCH).to(tl.int32)
     total *= tl.where(column < R, LOG2E, tl.where(column < R + N, LN2, 1.0))
     tl.store(p_out + at, total.to(p_out.dtype.element_ty), mask=inside)

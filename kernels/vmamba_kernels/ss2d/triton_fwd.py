@@ -45,7 +45,7 @@ def ss2d_ends(
     m_c = o_c < C
     b_w, b_bias = weights(p_w, p_bias, k, o_c, m_c, C, R, RP, INTERPRET)
     row, m_row = segments(i_g, k, S, Q, MIRROR)
-    first, second, inside = begin(p_order, k, i_g, S, Q, L, SPAN, STEPS, MIRROR, WIDE, STRAIGHT)
+    origin, way, inside = begin(p_order, k, i_g, S, Q, L, SPAN, STEPS, MIRROR, WIDE, STRAIGHT)
     at = (k * Q + row).to(tl.int64)[:, None]
     m_out = m_row[:, None] & m_c[None, :]
     for n in range(N):
@@ -53,7 +53,7 @@ def ss2d_ends(
         h = tl.zeros((ROWS, CHANNELS), tl.float32)
         total = tl.zeros((ROWS, CHANNELS), tl.float32)
         for j in tl.range(0, SPAN // STEPS, num_stages=STAGES):
-            at_t, m_t = place(p_order, k, first, second, inside, j, S, SPAN, STEPS, FULL, STRAIGHT)
+            at_t, m_t = place(p_order, k, origin, way, inside, j, S, SPAN, STEPS, FULL, STRAIGHT)
             b_x = read(p_x + at_t[:, None] * C + o_c[None, :], m_t[:, None] & m_c[None, :], SURE)
             p_row = p_p + at_t * (4 * PITCH) + k * PITCH
             b_B, _b_C = input_and_output(p_row, m_t, n, R, N, PAIRED, FULL)
@@ -119,7 +119,7 @@ def ss2d_output(
         k = axis + 2 * sense
         b_w, b_bias = weights(p_w, p_bias, k, o_c, m_c, C, R, RP, INTERPRET)
         row, m_row = segments(i_g, k, S, Q, MIRROR)
-        first, second, inside = begin(p_order, k, i_g, S, Q, L, SPAN, STEPS, MIRROR, WIDE, STRAIGHT)
+        origin, way, inside = begin(p_order, k, i_g, S, Q, L, SPAN, STEPS, MIRROR, WIDE, STRAIGHT)
         at = (k * Q + row).to(tl.int64)[:, None]
         m_out = m_row[:, None] & m_c[None, :]
         for n in range(N):
@@ -129,7 +129,7 @@ def ss2d_output(
             else:
                 h = tl.zeros((ROWS, CHANNELS), tl.float32)
             for j in tl.range(0, TILES, num_stages=STAGES):
-                at_t, m_t = place(p_order, k, first, second, inside, j, S, SPAN, STEPS, FULL, STRAIGHT)
+                at_t, m_t = place(p_order, k, origin, way, inside, j, S, SPAN, STEPS, FULL, STRAIGHT)
                 m = m_t[:, None] & m_c[None, :]
                 o_x = at_t[:, None] * C + o_c[None, :]
                 b_x = widen(read(p_x + o_x, m, SURE), not INTERPRET)
