@@ -286,7 +286,7 @@ class _Unlaunched:
 def test_the_scans_own_scratch_is_counted(state: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the backward's code allocates between its kernels, which no tracker sees inside an operation."""
     monkeypatch.setattr(tiles, "generation", lambda device: "sm_00")
-    for name in ("ss2d_ends", "ss2d_carry", "ss2d_output", "ss2d_adjoint_ends", "ss2d_gradients"):
+    for name in fused.KERNELS:
         monkeypatch.setattr(fused, name, _Unlaunched())
     variant = get_variant("vmamba_nano", d_state=state, depths=(1, 1, 1, 1))
     batch, side, dim, rank = 16, 16, 128, 8  # stage 1 of a 128 px image
