@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,7 @@ from vmamba_kernels.ss2d import fused, tiles
 from vmamba_kernels.ss2d.tiles import Key, default_plan, pinned_plans
 
 CLASSES = 1000
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 GENERATION = tiles.generation(torch.device("cuda", 0)) if CUDA else "sm_90"
@@ -233,6 +235,31 @@ def test_memory_is_what_an_h100_allocated() -> None:
     assert _tiny_at_128("off") == pytest.approx(5809, rel=0.03)
 
 
+def _measured_steps() -> Iterator[tuple[str, str, int, Policy, float]]:
+    """Engine's keys, model, batch, policy and GiB of each row of benchmarks/results/memory_recompute_*.md."""
+    for path in sorted(RESULTS.glob("memory_recompute_*_gpu.md")):
+        text = path.read_text()
+        found = re.search(r"memory_gpu\.py((?: parallel\.\S+)*)", text)
+        assert found is not None
+        few, batch = re.search(r"and (\d+) samples at once", text), 32
+        for line in text.splitlines():
+            if few is not None and line.startswith("The largest model"):
+                batch = int(few[1])
+            cells = [cell.strip() for cell in line.strip("|").split("|")]
+            if len(cells) == 9 and cells[0].startswith("vmamba_"):
+                yield found[1], cells[0], batch, cells[1], float(cells[2])  # type: ignore[misc]
+
+
+def test_memory_is_what_an_h200_allocated() -> None:
+    """Plain, FSDP2 and ZeRO-1; Base to Huge under each policy, and 2b. The bar is 10 %."""
+    rows = list(_measured_steps())
+    assert len(rows) == 3 * (4 * len(POLICIES) + 1)
+    for words, name, batch, policy, gib in rows:
+        asked = job(f"model.name={name}", f"data.global_batch={batch}", *words.split())
+        found = memory(asked, policy, batch).allocated / GIB
+        assert found == pytest.approx(gib, rel=0.06 if "fsdp" in words else 0.02), (words, name, policy)
+
+
 def test_recomputing_blocks_and_stem_leaves_a_fifth_of_the_materialising_model() -> None:
     """By the plan's count: no such step was measured. 12,931 MiB are that table's "materialising"."""
     assert _tiny_at_128("block") < 0.2 * 12931
@@ -412,7 +439,7 @@ def test_an_engine_holds_what_is_planned(name: str, ranks: int) -> None:
     assert sum(held.gpu[kind] for kind in kinds) + bucket == pytest.approx(standing, rel=0.03)
     # On the CPU nothing overlaps, and a bucket is there once: never more than planned, and not much less.
     total = memory(asked, "off", 2).allocated - planned.WORKSPACES
-    assert (0.7 if ranks > 1 else 0.8) * total < most < 1.05 * total
+    assert (0.7 if ranks > 1 else 0.95) * total < most < 1.05 * total
 
 
 def test_deepspeeds_buckets_are_its_own() -> None:

@@ -14,7 +14,7 @@ from vmamba_dist.core.gpus import Gpu
 from vmamba_dist.data.order import choose_accumulate
 from vmamba_dist.models import flops
 from vmamba_dist.models.variants import Variant, configured
-from vmamba_dist.scaling.activations import FLOAT32, POLICIES, Part, Policy, WeightBytes, parts, peak
+from vmamba_dist.scaling.activations import FLOAT32, POLICIES, Part, Peak, Policy, WeightBytes, parts, peak
 
 GIB = 2**30
 CONTEXT = 0.6 * GIB  # the CUDA context, with the kernels' code
@@ -87,6 +87,7 @@ class Standing:
     gpu: dict[str, float]
     host: dict[str, float]
     weights: WeightBytes
+    update: float = 0.0  # bytes of gradients that an update holds, activations gone; 0: no more than a backward's end
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ def memory(job: Job, policy: Policy, micro_batch: int) -> Memory:
     accumulating = micro_batch < job.share
     held = standing(job, accumulating=accumulating)
     chain = job.parts(micro_batch)
-    worst = peak(chain, policy, held.weights)
+    worst = max(peak(chain, policy, held.weights), Peak(held.update, held.update))
     side = job.cfg.data.image_size
     gpu = held.gpu | {
         "gradients at the peak": worst.gradients,
@@ -205,20 +206,22 @@ def _fsdp(job: Job, size: float, average: float, accumulating: bool) -> Standing
 def _deepspeed(job: Job, size: float, average: float, accumulating: bool) -> Standing:
     parallel = job.cfg.parallel
     stage = parallel.zero_stage or DEFAULT_STAGE
-    if stage == 2 and job.gpus == 1 and not parallel.cpu_offload:
-        stage = 1  # as zero_config.py has it
     share = size / job.gpus
     bucket = float(FLOAT32 * min(BUCKET, job.params))
-    optimizer = {"master weights": share, "optimizer": 2 * share, "gradient parts": share}
+    optimizer = {"master weights": share, "optimizer": 2 * share}
+    if job.gpus == 1 and stage < 3 and not parallel.cpu_offload:
+        # ZeRO-1, as zero_config.py has it. Gradients stay where the backward leaves them; the update copies them flat.
+        held = {"weights": size, **optimizer, "average": average}
+        return Standing(held, {}, WeightBytes(_cast(job), job.compute, FLOAT32, accumulating), 2 * size)
+    optimizer["gradient parts"] = share
     if stage == 3:
         state = {"weights": share, **optimizer, "average": average / job.gpus}
         largest = max(row.weights + row.plain for part in job.parts(2) for row in part.rows)
         buffers = {"buckets": 2 * bucket, "gathered weights": bucket + FLOAT32 * largest}
     else:
         state = {"weights": size, **optimizer, "average": average}
-        # One is filled while the other is reduced. A process alone has one, and that for gradients that go to the host.
-        alone = bucket if parallel.cpu_offload else 0.0
-        buffers = {"buckets": 2 * bucket if job.gpus > 1 else alone}
+        # One is filled while the other is reduced. A process alone has one, for gradients that go to the host.
+        buffers = {"buckets": 2 * bucket if job.gpus > 1 else bucket}
     host: dict[str, float] = {}
     if parallel.cpu_offload:
         host = {name: state.pop(name) for name in (list(state) if stage == 3 else optimizer)}
