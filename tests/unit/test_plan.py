@@ -246,7 +246,7 @@ def _measured_steps() -> Iterator[tuple[str, str, int, Policy, float]]:
             if few is not None and line.startswith("The largest model"):
                 batch = int(few[1])
             cells = [cell.strip() for cell in line.strip("|").split("|")]
-            if len(cells) == 9 and cells[0].startswith("vmamba_"):
+            if len(cells) >= 9 and cells[0].startswith("vmamba_"):
                 yield found[1], cells[0], batch, cells[1], float(cells[2])  # type: ignore[misc]
 
 

@@ -23,6 +23,7 @@ from vmamba_dist.scaling.cost import (
     MATRIX,
     MEASURED_ON,
     SCAN_S,
+    SLOW_LAUNCH_S,
     TRAFFIC,
     Cost,
     Place,
@@ -32,11 +33,11 @@ from vmamba_dist.scaling.memory import (
     CONTEXT,
     DEFAULT_STAGE,
     GIB,
-    NCCL,
     SLACK,
     WORKSPACES,
     Job,
     Memory,
+    communicators,
     largest_micro_batch,
     memory,
     way_out,
@@ -264,7 +265,7 @@ def _assumptions(question: Question) -> list[str]:
         "communication is hidden by the backward (ddp, ZeRO-1, 2) or the whole computation (fsdp, ZeRO-3), as far as "
         "that lasts",
         "MFU does not count what is recomputed",
-        f"beside what is allocated: CUDA context {CONTEXT / GIB:.1f} GiB, NCCL {NCCL / GIB:.1f} for several GPUs, "
+        f"beside what is allocated: CUDA context {CONTEXT / GIB:.1f} GiB, NCCL {communicators(job) / GIB:.2g}, "
         f"cuBLAS and cuDNN {WORKSPACES / GIB:.1f}, {SLACK:.0%} held by the allocator",
         f"{question.samples} samples an epoch ({question.told}); reading, evaluation and saving cost nothing",
     ]
@@ -280,8 +281,14 @@ def _launches(job: Job) -> list[str]:
         return [
             "parallel.compile: memory and kernels are those of the eager step, without what launching them takes"
         ]
-    each = ", ".join(f"{policy} {1e3 * seconds:.1f}" for policy, seconds in LAUNCH_S.items())
-    return [f"the host launches a block's forward and backward in these ms, assumed and not measured: {each}"]
+    assumed, slow = (
+        ", ".join(f"{policy} {1e3 * seconds:.1f}" for policy, seconds in hosts.items())
+        for hosts in (LAUNCH_S, SLOW_LAUNCH_S)
+    )
+    return [
+        f"the host launches a block's forward and backward in these ms, assumed: {assumed}",
+        f"  a virtual machine's took {slow}: there a micro-batch takes no less than that for each block",
+    ]
 
 
 def samples_and_classes(cfg: Config) -> tuple[int, int, str]:

@@ -25,9 +25,11 @@ SCAN_FORWARD = 0.30  # of that: 4.3 of 14.3 ms
 UPDATE = 0.60  # of the memory's bandwidth: 0.85 GB of AdamW in 0.42 ms (the profile's group holds casts too)
 BETWEEN = 1.02  # a step, 45.6 ms where no launch is waited for, over the sum of its kernels
 # Seconds that the host takes to launch one block's forward and backward in eager mode: assumed (a hundred kernels at
-# 12 µs; 4.9 ms were seen on one slow virtual machine); for recomputing, in the proportions that were seen on a CPU. A
-# micro-batch takes no less.
+# 12 µs; for recomputing, in the proportions that were seen on a CPU). A micro-batch takes no less.
 LAUNCH_S: dict[Policy, float] = {"off": 1.2e-3, "selective": 2.6e-3, "block": 2.0e-3}
+# What virtual machines' hosts took where they decided: Base and Large at 32 samples on an H200
+# (benchmarks/results/memory_recompute_ddp_gpu.md); an H100's took 4.9 ms for the first.
+SLOW_LAUNCH_S: dict[Policy, float] = {"off": 4.7e-3, "selective": 13.5e-3, "block": 7.2e-3}
 HOST_GBS = 25.0  # GB/s between a GPU and its host, for what is offloaded
 
 

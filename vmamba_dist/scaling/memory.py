@@ -17,8 +17,10 @@ from vmamba_dist.models.variants import Variant, configured
 from vmamba_dist.scaling.activations import FLOAT32, POLICIES, Part, Peak, Policy, WeightBytes, parts, peak
 
 GIB = 2**30
-CONTEXT = 0.6 * GIB  # the CUDA context, with the kernels' code
+# Beside the allocator; all but NCCL of several GPUs, which is assumed, measured on an H200 (memory_recompute_*_gpu.md).
+CONTEXT = 0.9 * GIB  # the CUDA context, with the kernels' code: .75 for Base, .94 for Huge, 1.24 for 2b
 NCCL = 1.0 * GIB  # communicators and their channels
+ALONE = {"ddp": 0.0, "fsdp": 0.55 * GIB, "deepspeed": 0.95 * GIB}  # the same of one process
 WORKSPACES = 0.1 * GIB  # of cuBLAS and cuDNN
 SLACK = 0.04  # of what is allocated, that the allocator holds beside it
 # DeepSpeed's buckets in elements, as vmamba_dist/parallel/zero_config.py sets them.
@@ -87,7 +89,9 @@ class Standing:
     gpu: dict[str, float]
     host: dict[str, float]
     weights: WeightBytes
-    update: float = 0.0  # bytes of gradients that an update holds, activations gone; 0: no more than a backward's end
+    update: float = (
+        0.0  # bytes of gradients that an update holds, activations gone; 0: no more than a backward's end
+    )
 
 
 @dataclass(frozen=True)
@@ -120,10 +124,15 @@ def memory(job: Job, policy: Policy, micro_batch: int) -> Memory:
         "samples": float(FLOAT32 * micro_batch * (3 * side * side + job.classes)),
     }
     allocated = sum(gpu.values()) + WORKSPACES
-    beside = CONTEXT + (NCCL if job.gpus > 1 else 0)
+    beside = CONTEXT + communicators(job)
     total = allocated * (1 + SLACK) + beside
     gpu["CUDA, NCCL, allocator"] = total - sum(gpu.values())
     return Memory(policy, micro_batch, gpu, held.host, allocated, total, job.gpu.memory_gib * GIB)
+
+
+def communicators(job: Job) -> float:
+    """Bytes that NCCL takes of a GPU."""
+    return NCCL if job.gpus > 1 else ALONE[job.cfg.parallel.engine]
 
 
 def standing(job: Job, *, accumulating: bool) -> Standing:

@@ -27,7 +27,8 @@ KERNELS = (
     "ss2d_projected_sum",
 )
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
-_CARRY_CHANNELS = 64
+_CARRY_CHANNELS = 32
+_CARRY_SEGMENTS = 16
 _SUM_TILE = 1024
 
 
@@ -112,9 +113,10 @@ class _Problem:
             "C": self.channels,
             "N": self.state,
             "CHANNELS": _CARRY_CHANNELS,
+            "SEGMENTS": _CARRY_SEGMENTS,
             "INTERPRET": interpreted(),
-            "STAGES": 4,
-            "num_warps": 2,
+            "STAGES": 2,
+            "num_warps": 1,
         }
         self.inputs = (self.projected, self.weight, self.bias, self.A)
         self.sizes = (self.length, self.count, self.rows)
@@ -130,20 +132,20 @@ class _Problem:
         if self.count == 1:
             return None
         plan = self.plan
-        starts = self.new(4, self.rows, self.state, self.channels)
+        ends, starts = (self.new(4, self.rows, self.state, self.channels) for _ in range(2))
         sums = self.new(4, self.rows, self.channels)
         blocks = -(-self.channels // _CARRY_CHANNELS)
         with torch.cuda.device_of(self.x):
             launch(
                 kernel,
                 (self.grid(plan.ends), 4),
-                (walked, *self.inputs, self.order, starts, sums, *self.sizes),
+                (walked, *self.inputs, self.order, ends, sums, *self.sizes),
                 {**self.constants, "CHANNELS": plan.ends, **options(plan, "ends")},
             )
             launch(
                 ss2d_carry,
                 (self.batch * blocks, 4, self.state),
-                (starts, sums, self.A, self.count, self.rows),
+                (ends, sums, self.A, starts, self.count, self.rows),
                 {**self.carry_constants, "REVERSE": reverse},
             )
         return starts

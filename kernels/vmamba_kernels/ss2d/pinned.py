@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from vmamba_kernels.ss2d import tiles
-from vmamba_kernels.ss2d.fused import _CARRY_CHANNELS, _SUM_TILE, _power_of_two, options
+from vmamba_kernels.ss2d.fused import _CARRY_CHANNELS, _CARRY_SEGMENTS, _SUM_TILE, _power_of_two, options
 from vmamba_kernels.ss2d.tiles import ROWS, Plan
 from vmamba_kernels.ss2d.triton_bwd import ss2d_adjoint_ends, ss2d_gradients, ss2d_projected_sum
 from vmamba_kernels.ss2d.triton_fwd import ss2d_carry, ss2d_ends, ss2d_output
@@ -104,10 +104,11 @@ def configurations(
     summed = {"BLOCKS": blocks, "PITCH": pitch, "R": rank, "N": state, "TILE": _SUM_TILE}
     yield _one(shape, ss2d_projected_sum, dtype, summed, {"num_warps": 4})
     if count > 1:
-        carry = {"C": channels, "N": state, "CHANNELS": _CARRY_CHANNELS, "INTERPRET": False, "STAGES": 4}
+        carry: dict[str, Any] = {"C": channels, "N": state, "INTERPRET": False, "STAGES": 2}
+        carry |= {"CHANNELS": _CARRY_CHANNELS, "SEGMENTS": _CARRY_SEGMENTS}
         for reverse in (False, True):
             name = f"{shape} {'reverse' if reverse else 'forward'}"
-            yield _one(name, ss2d_carry, dtype, carry | {"REVERSE": reverse}, {"num_warps": 2})
+            yield _one(name, ss2d_carry, dtype, carry | {"REVERSE": reverse}, {"num_warps": 1})
 
 
 def _one(
@@ -130,7 +131,7 @@ def _type(name: str, dtype: str, constants: dict[str, Any]) -> str:
     if (
         name in FLOAT32
         or (name in PARTIAL and constants["N"] > 1)
-        or (name == "p_starts" and constants["CARRIED"])
+        or (name == "p_starts" and constants.get("CARRIED", True))
     ):
         return "*fp32"
     return f"*{dtype}"

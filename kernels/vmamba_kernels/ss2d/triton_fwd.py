@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from vmamba_kernels.exponents import exp2, widen
+from vmamba_kernels.scan.steps import follow
 from vmamba_kernels.ss2d.registers import (
     ROWS,
     begin,
@@ -71,24 +72,33 @@ def ss2d_ends(
 
 @triton.jit
 def ss2d_carry(
-    p_ends, p_sums, p_A, S, Q,
-    C: tl.constexpr, N: tl.constexpr, CHANNELS: tl.constexpr, REVERSE: tl.constexpr, INTERPRET: tl.constexpr,
-    STAGES: tl.constexpr,
+    p_ends, p_sums, p_A, p_starts, S, Q,
+    C: tl.constexpr, N: tl.constexpr, CHANNELS: tl.constexpr, SEGMENTS: tl.constexpr, REVERSE: tl.constexpr,
+    INTERPRET: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Replace each segment's end by the state it starts with; REVERSE links from the last segment to the first."""
+    """Give each segment the state it starts with, (4, Q, N, C); REVERSE links from the last segment to the first.
+
+    SEGMENTS of them are linked at once: one by one, a large image would wait for memory as often as it has segments.
+    """
     BLOCKS: tl.constexpr = (C + CHANNELS - 1) // CHANNELS
     i_b, i_c, k, n = tl.program_id(0) // BLOCKS, tl.program_id(0) % BLOCKS, tl.program_id(1), tl.program_id(2)
     o_c = i_c * CHANNELS + tl.arange(0, CHANNELS)
+    o_s = tl.arange(0, SEGMENTS)[:, None]
     m_c = o_c < C
-    b_A = tl.load(p_A + (k * C + o_c) * N + n, mask=m_c, other=0.0)
-    state = tl.zeros((CHANNELS,), tl.float32)
-    for s in tl.range(0, S, num_stages=STAGES):
-        at = (k * Q + i_b * S + (S - 1 - s if REVERSE else s)).to(tl.int64)
-        p_end = p_ends + (at * N + n) * C + o_c
-        decay = exp2(tl.load(p_sums + at * C + o_c, mask=m_c, other=0.0) * b_A, not INTERPRET)
-        end = tl.load(p_end, mask=m_c, other=0.0)
-        tl.store(p_end, state, mask=m_c)
-        state = decay * state + end
+    b_A = tl.load(p_A + (k * C + o_c) * N + n, mask=m_c, other=0.0)[None, :]
+    way = -1 if REVERSE else 1
+    first = (k * Q + i_b * S + (S - 1 if REVERSE else 0)).to(tl.int64)
+    state = tl.zeros((1, CHANNELS), tl.float32)
+    tl.store(p_starts + (first * N + n) * C + o_c[None, :], state, mask=m_c[None, :])
+    for s in tl.range(0, S - 1, SEGMENTS, num_stages=STAGES):
+        m = (s + o_s < S - 1) & m_c[None, :]  # the last one's end is nobody's start
+        at = first + (s + o_s) * way
+        sums = tl.load(p_sums + at * C + o_c[None, :], mask=m, other=0.0)
+        end = tl.load(p_ends + (at * N + n) * C + o_c[None, :], mask=m, other=0.0)
+        decay, end = tl.associative_scan((exp2(sums * b_A, not INTERPRET), end), 0, follow)
+        after = decay * state + end
+        tl.store(p_starts + ((at + way) * N + n) * C + o_c[None, :], after, mask=m)
+        state = tl.sum(tl.where(o_s == SEGMENTS - 1, after, 0.0), 0)[None, :]
 
 
 @triton.jit
