@@ -334,9 +334,13 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     fits = x.shape[1] == weight.shape[1] and bias.shape == weight.shape[:1]
     if not (fits and x.dtype == weight.dtype == bias.dtype):  # kernels look at no bounds
         given = ", ".join(f"{tuple(t.shape)} {t.dtype}" for t in (x, weight, bias))
-        raise RuntimeError(f"linear_gelu takes x (M, K), weight (N, K) and bias (N) of one dtype, not {given}")
+        raise RuntimeError(
+            f"linear_gelu takes x (M, K), weight (N, K) and bias (N) of one dtype, not {given}"
+        )
     if not (_as_triton(x) and weight.numel() > 0 and (x.element_size() == 2 or interpreted())):
-        return torch.ops.aten.gelu_(torch.addmm(bias, x, weight.t()))
+        with torch.autocast(x.device.type, enabled=False):  # which would have the value in another dtype
+            y: Tensor = torch.ops.aten.gelu_(torch.addmm(bias, x, weight.t()))
+            return y
     x, weight, bias = _lines(x, weight, bias)
     (rows, inner), columns = x.shape, weight.shape[0]
     y = x.new_empty((rows, columns))
@@ -359,14 +363,10 @@ def _(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 def _product(inner: int, columns: int, hopper: bool) -> Product:
     """How a product over `inner` (K) to `columns` (N) is cut, of any number of rows: a batch changes no image's bits.
 
-    Elsewhere than on Hopper a program has 99 KB of shared memory at least.
+    Two programs fit on a multiprocessor, so that one's GELU hides behind the other's product: by its instructions it is
+    as long as a product over K = 240. On other GPUs a program may have less than half of Hopper's shared memory.
     """
-    depth = 64 if inner % 64 == 0 else 32
-    if not hopper:
-        return Product(128, 128, 32, 8, 8, 3)
-    if inner < 384:  # bound by memory: several programs at once on a multiprocessor
-        return Product(128, 128, depth, 8, 4, 3)
-    return Product(128, 256, depth, 8, 8, 3)
+    return Product(128, 128, 64 if hopper and inner % 64 == 0 else 32, 8, 8, 3)
 
 
 def _product_constants(inner: int, columns: int, cut: Product, *, fast: bool) -> dict[str, Any]:

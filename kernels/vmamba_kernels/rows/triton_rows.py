@@ -148,7 +148,7 @@ def rows_gelu_backward(
 
 @triton.jit
 def gelu(x, FAST: tl.constexpr):
-    """x times the normal distribution's share below x, to 6e-6 of itself: 13 instructions where erf alone takes 25.
+    """x times the normal distribution's share below x, to 6e-6 of itself: 11 instructions on Hopper, by tl.erf 31.
 
     It is max(x, 0) less |x| times the share below -|x|, which nothing cancels. NaN stays NaN, and infinity infinity.
     """
@@ -193,6 +193,8 @@ def rows_linear_gelu(
             m_k = o_k < K - k
             b_x = tl.load(p_xs + k, mask=m_k[None, :], other=0.0)
             b_w = tl.load(p_ws + k, mask=m_k[:, None], other=0.0)
+        if not FAST:  # the interpreter multiplies the bits of bfloat16
+            b_x, b_w = b_x.to(tl.float32), b_w.to(tl.float32)
         b_h = tl.dot(b_x, b_w, b_h, input_precision="ieee")
     m_n = o_n < N
     b_h += tl.load(p_b + o_n, mask=m_n, other=0.0).to(tl.float32)[None, :]
