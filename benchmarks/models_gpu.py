@@ -47,7 +47,7 @@ PIXELS = ((224, 125), (1024, 6))  # side and batch: 6.27 and 6.29 million pixels
 GROUPS = (
     ("scan", r"ss2d|scan"),
     ("convolutions", r"conv|dgrad|wgrad|implicit|cudnn"),
-    ("matrix products", r"gemm|nvjet|cutlass|cublas|splitk|wgmma|xmma"),
+    ("matrix products", r"gemm|nvjet|cutlass|cublas|splitk|wgmma|xmma|linear_gelu"),
     ("LayerNorm", r"layer_?norm|gammabeta|rows_norm"),
     ("GELU and SiLU", r"gelu|silu|sigmoid|_erf"),
     ("optimizer", r"adam"),

@@ -20,6 +20,8 @@ EPS = 1e-5
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 3e-3}
 # Rows, channels, rows a sample: less than a tile, several tiles with a rest, more channels than a tile has, one row.
 SHAPES = [(10, 20, 5), (66, 96, 11), (6, 300, 3), (3, 2100, 1), (1, 7, 1)]
+# Rows, K, columns of a product: tiles of all three with a rest, a whole K that Hopper cuts otherwise, less than a tile.
+PRODUCTS = [(1100, 70, 260), (150, 448, 260), (5, 20, 36), (1, 1, 1)]
 # The interpreter truncates to bfloat16, and computes in no other 16-bit way.
 DTYPES = [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
 
@@ -147,6 +149,17 @@ def test_to_a_flop_counter_rows_are_nothing() -> None:
     assert counter.get_total_flops() == 2 * case.x.shape[0] * case.x.shape[1] ** 2
 
 
+def test_to_a_flop_counter_a_product_with_gelu_is_a_product() -> None:
+    """And its gradients are two and the same one again."""
+    shape = m, k, n = PRODUCTS[2]
+    leaves = [t.requires_grad_() for t in product(shape, torch.float32)]
+    with FlopCounterMode(display=False) as counter:
+        y = rows.linear_gelu(*leaves)
+        assert counter.get_total_flops() == 2 * m * k * n
+        y.sum().backward()
+    assert counter.get_total_flops() == 4 * 2 * m * k * n
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_a_layer_norm_is_torchs(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
@@ -190,6 +203,64 @@ def gelu_backward(h: Tensor, dg: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     h, dg = h.clone(), dg.clone()
     total = rows.gelu_backward_(h, dg)
     return h, dg, total
+
+
+@pytest.mark.parametrize("dtype", [*TOLERANCE, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", PRODUCTS, ids=str)
+def test_a_product_with_gelu_is_the_definition(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    limit = (TOLERANCE | {torch.float16: 4e-4, torch.float64: 1e-14})[dtype]
+    limit *= 5 if dtype == torch.bfloat16 and not GPU else 1  # truncated, the sum and GELU of it
+    leaves = [t.requires_grad_() for t in product(shape, dtype)]
+    x, weight, bias = exact = [t.detach().cpu().double().requires_grad_() for t in leaves]
+    expected = F.gelu(torch.addmm(bias, x, weight.t()))
+    y = rows.linear_gelu(*leaves)
+    assert y.dtype == dtype
+    near(y, expected, limit)
+    dy = drawn("dy", *y.shape).to(DEVICE, dtype)
+    found = torch.autograd.grad(y, leaves, dy)
+    for grad, wanted in zip(found, torch.autograd.grad(expected, exact, dy.cpu().double()), strict=True):
+        near(grad, wanted, 3 * limit)
+
+
+def product(shape: tuple[int, int, int], dtype: torch.dtype) -> list[Tensor]:
+    """Rows, a weight whose products are GELU's to bend, and a bias."""
+    m, k, n = shape
+    drawn_ = drawn("x", m, k), 4 * k**-0.5 * drawn("weight", n, k), drawn("bias", n)
+    return [t.to(DEVICE, dtype) for t in drawn_]
+
+
+def test_of_every_half_gelu_is_rounded_once() -> None:
+    """Each number is a column's bias: what comes back is no more than half a unit from GELU of it."""
+    every = torch.arange(-(2**15), 2**15, 1 if GPU else 5).to(torch.int16).view(torch.float16)
+    every = torch.cat((every[every.isfinite()], torch.tensor([-torch.inf, torch.inf, torch.nan]).half()))
+    none = torch.zeros(len(every), 1, dtype=torch.float16, device=DEVICE)
+    (found,) = rows.linear_gelu(none[:1], none, every.to(DEVICE)).cpu().double()
+    expected = F.gelu(every[:-3].double())
+    assert ((found[:-3] - expected).abs() <= 2**-11 * expected.abs() + 2**-25).all()
+    assert found[-3:].nan_to_num(1, posinf=2).tolist() == [0, 2, 1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_a_product_with_gelu_has_a_rows_bits_in_any_batch(dtype: torch.dtype) -> None:
+    x, weight, bias = product(PRODUCTS[0], dtype)
+    whole = rows.linear_gelu(x, weight, bias)
+    assert torch.equal(rows.linear_gelu(x, weight, bias), whole)
+    assert torch.equal(rows.linear_gelu(x[7:], weight, bias), whole[7:])
+
+
+def test_a_product_with_gelu_takes_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels look at no bounds; and autocast, which casts for torch's products, changes nothing here."""
+    x, weight, bias = product(PRODUCTS[2], torch.float32)
+    for wrong in ((x[:, 1:], weight, bias), (x, weight, bias[1:]), (x, weight, bias.double())):
+        with pytest.raises(
+            RuntimeError, match=r"takes x \(M, K\), weight \(N, K\) and bias \(N\) of one dtype"
+        ):
+            rows.linear_gelu(*wrong)
+    for interpret in ("0", "1"):
+        monkeypatch.setenv("TRITON_INTERPRET", interpret)
+        expected = rows.linear_gelu(x, weight, bias)
+        with torch.autocast(DEVICE.type, torch.bfloat16):
+            assert torch.equal(rows.linear_gelu(x, weight, bias), expected)
 
 
 @pytest.mark.parametrize("interpret", ["0", "1"])
@@ -236,6 +307,7 @@ def test_layout_of_the_inputs_does_not_matter() -> None:
             *rows.norm(x, case.weight, case.bias, EPS, x.dtype), *gelu_backward(branch, residual),
             *rows.norm_backward(branch, x, stats, case.weight, case.bias, x.dtype),
             *rows.add_norm_backward(branch, residual, x, stats, case.weight, case.bias, case.keep, 11),
+            rows.linear_gelu(x, branch, residual[:, 0]),
         ]  # fmt: skip
 
     tensors = (case.x, case.branch, case.residual)
@@ -270,6 +342,7 @@ def test_ops_are_what_they_say() -> None:
         (ops.add_norm_backward, (case.dy, case.residual, total, stats, *parameters, case.keep, 5)),
         (ops.scale_and_sum, (case.x, case.keep, 5, torch.float32)),
         (ops.gelu_backward_, (case.branch, case.dy)),
+        (ops.linear_gelu, (leaves[0], branch, leaves[0].detach()[:, 0].requires_grad_())),
         (ops.norm_backward, (case.dy.t().contiguous().t(), total, stats, *parameters, None)),
     ):
         torch.library.opcheck(op.default, args)
@@ -285,3 +358,10 @@ def test_no_rows_are_no_rows() -> None:
     assert y.shape == (0, 8)
     assert c.grad is not None
     assert torch.equal(c.grad, torch.zeros(8, device=DEVICE))
+    y = rows.linear_gelu(x, torch.ones(5, 8, device=DEVICE), c[:5])
+    y.sum().backward()
+    assert y.shape == (0, 5)
+    assert torch.equal(c.grad, torch.zeros(8, device=DEVICE))
+    two, three = (torch.ones(n, 8, device=DEVICE) for n in (2, 3))
+    assert rows.linear_gelu(two, three[:0], c[:0]).shape == (2, 0)
+    assert torch.equal(rows.linear_gelu(two[:, :0], three[:, :0], c[:3]), F.gelu(c[:3]).expand(2, 3))

@@ -73,6 +73,7 @@ class Ops(NamedTuple):
     add_norm: Callable[..., Any]
     add_branch: Callable[..., Any]
     scan: Callable[..., Any]
+    linear_gelu: Callable[..., Any]
     scale_and_sum: Callable[..., Any]
     gelu_backward_: Callable[..., Any]
     norm_backward: Callable[..., Any]
@@ -81,7 +82,7 @@ class Ops(NamedTuple):
 
 
 OPS = Ops(
-    rows.norm, rows.add_norm, rows.add_branch, scan_forward,
+    rows.norm, rows.add_norm, rows.add_branch, scan_forward, rows.linear_gelu,
     rows.scale_and_sum, rows.gelu_backward_, rows.norm_backward, rows.add_norm_backward, scan_backward,
 )  # fmt: skip
 OWN_CODE = Ops(*(own_code(op) for op in OPS))
@@ -219,10 +220,10 @@ def _forward(
     normed, y_stats = ops.norm(y, w.out_norm_weight, w.out_norm_bias, plan.eps, dtype)
     branch = torch.mm(normed, w.out_proj.t())
     x1, normed, x1_stats = ops.add_norm(x_rows, branch, first, per, w.norm2_weight, w.norm2_bias, plan.eps)
-    hidden = torch.addmm(w.fc1_bias, normed, w.fc1.t())
+    g = ops.linear_gelu(normed, w.fc1, w.fc1_bias)
     del normed, branch
-    branch = torch.addmm(w.fc2_bias, torch.ops.aten.gelu_(hidden), w.fc2.t())
-    del hidden
+    branch = torch.addmm(w.fc2_bias, g, w.fc2.t())
+    del g
     # No view: what a node returns must be free to be changed in place, and FSDP2 warns of views.
     out: Tensor = torch.ops.aten._unsafe_view(ops.add_branch(x1, branch, second, per), x.shape)
     if not save:

@@ -1,4 +1,4 @@
-"""What stands beside the scan in a block, on rows of channels: norms with a residual sum, GELU's backward, sums."""
+"""What stands beside the scan in a block, on rows of channels: norms with a residual sum, GELU, sums."""
 
 from vmamba_kernels.rows.ops import (
     add_branch,
@@ -6,6 +6,7 @@ from vmamba_kernels.rows.ops import (
     add_norm_backward,
     gelu_backward_,
     layer_norm,
+    linear_gelu,
     norm,
     norm_backward,
     scale_and_sum,
@@ -17,6 +18,7 @@ __all__ = [
     "add_norm_backward",
     "gelu_backward_",
     "layer_norm",
+    "linear_gelu",
     "norm",
     "norm_backward",
     "scale_and_sum",

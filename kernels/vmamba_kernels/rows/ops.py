@@ -2,15 +2,15 @@
 """Arithmetic on rows as `torch.library` ops: Triton on CUDA (and where it is interpreted), plain torch elsewhere.
 
 Law: x is (M, C); `keep` (samples) scales the rows of each sample, `per` rows a sample; sums and statistics
-are float32 (float64 for float64). `norm`, `add_norm` and `add_branch` have autograd formulas (`keep`, drawn and not
-learned, gets none and is refused one); the others are the parts that a hand-written backward is put together from, and
-a second derivative through them is refused. One of them, `gelu_backward_`, writes over its inputs. To a FLOP counter
-they are nothing, as torch's own norms and sums are: a fused model counts what the plain one does. A compiled model
-needs none of them: inductor fuses the plain one.
+are float32 (float64 for float64). `norm`, `add_norm`, `add_branch` and `linear_gelu` have autograd formulas (`keep`,
+drawn and not learned, gets none and is refused one); the others are the parts that a hand-written backward is put
+together from, and a second derivative through them is refused. One of them, `gelu_backward_`, writes over its inputs.
+To a FLOP counter they are nothing, as torch's own norms and sums are, but for `linear_gelu`'s product: a fused model
+counts what the plain one does. A compiled model needs none of them: inductor fuses the plain one.
 """
 
 import importlib.util
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,12 +22,29 @@ from vmamba_kernels.launch import custom_op, launch
 if importlib.util.find_spec("triton") is not None:
     import triton
 
-    from vmamba_kernels.rows.triton_rows import rows_gelu_backward, rows_norm, rows_norm_backward, rows_scale
+    from vmamba_kernels.rows.triton_rows import (
+        rows_gelu_backward,
+        rows_linear_gelu,
+        rows_norm,
+        rows_norm_backward,
+        rows_scale,
+    )
 
 # Programs that walk rows and sum: enough to fill a GPU, and as many on each, as the order of sums follows from it.
 PROGRAMS = 1024
 TILE = 2048  # elements a program holds at once
 COLUMNS = 128
+
+
+class Product(NamedTuple):
+    """How a product is cut: a program's rows, columns and step along K, tiles of rows side by side, warps, stages."""
+
+    rows: int
+    columns: int
+    depth: int
+    group: int
+    warps: int
+    stages: int
 
 
 def _as_triton(x: Tensor) -> bool:
@@ -307,6 +324,58 @@ def _walk(x: Tensor) -> tuple[tuple[int, int], Tensor]:
     return (programs, blocks), x.new_empty((programs, channels), dtype=torch.float32)
 
 
+@custom_op("vmamba::linear_gelu")
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Return GELU(x W^T + b), by the error function, of x (M, K), W (N, K) and b (N): one pass over the result.
+
+    The sum is rounded to x's dtype before GELU, as addmm rounds it. In float32 a GPU takes torch's two calls: its
+    tensor cores have no such product. Raises RuntimeError where shapes or dtypes do not fit each other.
+    """
+    fits = x.shape[1] == weight.shape[1] and bias.shape == weight.shape[:1]
+    if not (fits and x.dtype == weight.dtype == bias.dtype):  # kernels look at no bounds
+        given = ", ".join(f"{tuple(t.shape)} {t.dtype}" for t in (x, weight, bias))
+        raise RuntimeError(
+            f"linear_gelu takes x (M, K), weight (N, K) and bias (N) of one dtype, not {given}"
+        )
+    if not (_as_triton(x) and weight.numel() > 0 and (x.element_size() == 2 or interpreted())):
+        with torch.autocast(x.device.type, enabled=False):  # which would have the value in another dtype
+            y: Tensor = torch.ops.aten.gelu_(torch.addmm(bias, x, weight.t()))
+            return y
+    x, weight, bias = _lines(x, weight, bias)
+    (rows, inner), columns = x.shape, weight.shape[0]
+    y = x.new_empty((rows, columns))
+    cut = _product(inner, columns, x.is_cuda and torch.cuda.get_device_capability(x.device) == (9, 0))
+    with torch.cuda.device_of(x):
+        launch(
+            rows_linear_gelu,
+            (triton.cdiv(rows, cut.rows) * triton.cdiv(columns, cut.columns),),
+            (x, weight, bias, y, rows),
+            _product_constants(inner, columns, cut, fast=not interpreted()),
+        )
+    return y
+
+
+@linear_gelu.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return x.new_empty((x.shape[0], weight.shape[0]))
+
+
+def _product(inner: int, columns: int, hopper: bool) -> Product:
+    """How a product over `inner` (K) to `columns` (N) is cut, of any number of rows: a batch changes no image's bits.
+
+    Two programs fit on a multiprocessor, so that one's GELU hides behind the other's product: by its instructions it is
+    as long as a product over K = 240. On other GPUs a program may have less than half of Hopper's shared memory.
+    """
+    return Product(128, 128, 64 if hopper and inner % 64 == 0 else 32, 8, 8, 3)
+
+
+def _product_constants(inner: int, columns: int, cut: Product, *, fast: bool) -> dict[str, Any]:
+    return {
+        "K": inner, "N": columns, "BM": cut.rows, "BN": cut.columns, "BK": cut.depth, "GROUP": cut.group,
+        "FAST": fast, "num_warps": cut.warps, "num_stages": cut.stages,
+    }  # fmt: skip
+
+
 def _norm_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, weight, bias, *_ = inputs
     _, stats = output
@@ -360,6 +429,20 @@ def _add_branch_gradients(ctx: Any, d_total: Tensor | None) -> tuple[Tensor | No
     return d_total, d_branch, None, None
 
 
+def _linear_gelu_setup(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+    ctx.set_materialize_grads(False)
+
+
+def _linear_gelu_gradients(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
+    if dy is None:
+        return (None,) * 3
+    x, weight, bias = ctx.saved_tensors
+    hidden = torch.addmm(bias, x, weight.t())
+    d_hidden = torch.ops.aten.gelu_backward(dy, hidden)
+    return torch.mm(d_hidden, weight), torch.mm(d_hidden.t(), x), d_hidden.sum(0)
+
+
 def _refuse_keep(ctx: Any) -> None:
     if ctx.needs_input_grad[2]:
         raise RuntimeError("keep requires a gradient, and vmamba_kernels.rows has none for it: detach it")
@@ -374,6 +457,7 @@ def _refuse(ctx: Any, *gradients: Any) -> None:
 norm.register_autograd(_norm_gradients, setup_context=_norm_setup)
 add_norm.register_autograd(_add_norm_gradients, setup_context=_add_norm_setup)
 add_branch.register_autograd(_add_branch_gradients, setup_context=_add_branch_setup)
+linear_gelu.register_autograd(_linear_gelu_gradients, setup_context=_linear_gelu_setup)
 for _part in (norm_backward, add_norm_backward, scale_and_sum):
     _part.register_autograd(_refuse)
 
@@ -391,6 +475,11 @@ _NAMES = (
 @register_flop_formula([getattr(torch.ops.vmamba, name) for name in _NAMES])
 def _flops(*args: Any, **kwargs: Any) -> int:
     return 0
+
+
+@register_flop_formula(torch.ops.vmamba.linear_gelu)
+def _linear_gelu_flops(x: torch.Size, weight: torch.Size, *args: Any, **kwargs: Any) -> int:
+    return 2 * x[0] * x[1] * weight[0]
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> Tensor:

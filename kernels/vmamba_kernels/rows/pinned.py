@@ -3,8 +3,14 @@
 from collections.abc import Iterator
 from typing import Any
 
-from vmamba_kernels.rows.ops import COLUMNS, PROGRAMS, TILE, _tiles
-from vmamba_kernels.rows.triton_rows import rows_gelu_backward, rows_norm, rows_norm_backward, rows_scale
+from vmamba_kernels.rows.ops import COLUMNS, PROGRAMS, TILE, _product, _product_constants, _tiles
+from vmamba_kernels.rows.triton_rows import (
+    rows_gelu_backward,
+    rows_linear_gelu,
+    rows_norm,
+    rows_norm_backward,
+    rows_scale,
+)
 
 Configuration = tuple[str, Any, dict[str, str], dict[str, Any], dict[str, int]]
 WIDTHS = (96, 192, 384, 768, 3072)
@@ -33,6 +39,8 @@ def _all() -> Iterator[Configuration]:
         summed = {"RESIDUAL": True, "BRANCH": True, "KEEP": True}
         yield _one("out_norm", rows_norm_backward, channels, "bf16", walk | plain, warps)
         yield _one("add_norm", rows_norm_backward, channels, "fp32", walk | summed, warps)
+        for hopper in (False, True):
+            yield _one_product(channels, 4 * channels, hopper)
     cut = {"C": 384, "COLUMNS": COLUMNS, "ROWS": TILE // COLUMNS, "PROGRAMS": PROGRAMS}
     yield _one("branch", rows_scale, 384, "fp32", cut | {"KEEP": True}, 4)
     yield _one("hidden", rows_gelu_backward, 384, "bf16", cut, 4)
@@ -43,6 +51,13 @@ def _one(
 ) -> Configuration:
     types = {name: _type(name, stream) for name in kernel.arg_names if name not in constants}
     return f"{kernel.__name__} {case} C{channels}", kernel, types, constants, {"num_warps": warps}
+
+
+def _one_product(inner: int, columns: int, hopper: bool) -> Configuration:
+    constants = _product_constants(inner, columns, _product(inner, columns, hopper), fast=True)
+    options = {name: constants.pop(name) for name in ("num_warps", "num_stages")}
+    types = dict.fromkeys(("p_x", "p_w", "p_b", "p_y"), "*bf16") | {"M": "i32"}
+    return f"rows_linear_gelu sm_{90 if hopper else 80} C{inner}", rows_linear_gelu, types, constants, options
 
 
 def _type(name: str, stream: str) -> str:
