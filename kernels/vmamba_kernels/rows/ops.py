@@ -363,10 +363,15 @@ def _(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 def _product(inner: int, columns: int, hopper: bool) -> Product:
     """How a product over `inner` (K) to `columns` (N) is cut, of any number of rows: a batch changes no image's bits.
 
-    Two programs fit on a multiprocessor, so that one's GELU hides behind the other's product: by its instructions it is
-    as long as a product over K = 240. On other GPUs a program may have less than half of Hopper's shared memory.
+    Measured on an H200 (docs/kernels.md). Several programs fit on a multiprocessor, so that one's GELU hides behind
+    another's product: by its instructions it is as long as a product over K = 240. On other GPUs, where nothing was
+    measured, a program may have less than half of Hopper's shared memory.
     """
-    return Product(128, 128, 64 if hopper and inner % 64 == 0 else 32, 8, 8, 3)
+    if not hopper:
+        return Product(128, 128, 32, 8, 8, 3)
+    if inner <= 128:
+        return Product(128, 64, 32, 8, 4, 3)
+    return Product(128, 128, 64 if inner % 64 == 0 else 32, 8, 4, 3)
 
 
 def _product_constants(inner: int, columns: int, cut: Product, *, fast: bool) -> dict[str, Any]:

@@ -28,7 +28,6 @@ KERNELS = (
 )
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 _CARRY_CHANNELS = 64
-_CARRY_SEGMENTS = 16
 _SUM_TILE = 1024
 
 
@@ -42,6 +41,12 @@ def options(plan: Plan, kernel: str) -> dict[str, int]:
     found = {"STAGES": stages, "num_warps": getattr(plan, f"{kernel}_warps"), "num_stages": stages}
     registers = getattr(plan, f"{kernel}_registers", 0)
     return found | ({"maxnreg": registers} if registers else {})
+
+
+def carry_options(segments: int) -> dict[str, int]:
+    """Return how a sequence's segments are linked: many of them four times as many at once."""
+    at_once, warps = (64, 4) if segments > 128 else (16, 1)
+    return {"CHANNELS": _CARRY_CHANNELS, "SEGMENTS": at_once, "STAGES": 3, "num_warps": warps}
 
 
 def empty_saved(x: Tensor, A: Tensor) -> Tensor:
@@ -113,11 +118,8 @@ class _Problem:
         self.carry_constants = {
             "C": self.channels,
             "N": self.state,
-            "CHANNELS": _CARRY_CHANNELS,
-            "SEGMENTS": _CARRY_SEGMENTS,
             "INTERPRET": interpreted(),
-            "STAGES": 2,
-            "num_warps": 1,
+            **carry_options(self.count),
         }
         self.inputs = (self.projected, self.weight, self.bias, self.A)
         self.sizes = (self.length, self.count, self.rows)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from vmamba_kernels.ss2d import tiles
-from vmamba_kernels.ss2d.fused import _CARRY_CHANNELS, _CARRY_SEGMENTS, _SUM_TILE, _power_of_two, options
+from vmamba_kernels.ss2d.fused import _SUM_TILE, _power_of_two, carry_options, options
 from vmamba_kernels.ss2d.tiles import ROWS, Plan
 from vmamba_kernels.ss2d.triton_bwd import ss2d_adjoint_ends, ss2d_gradients, ss2d_projected_sum
 from vmamba_kernels.ss2d.triton_fwd import ss2d_carry, ss2d_ends, ss2d_output
@@ -42,6 +42,7 @@ def _all() -> Iterator[Configuration]:
     for channels, rank, length in STAGES:
         yield from configurations("", channels, rank, length, 1, "bf16", tiles.default_plan(length, 2))
     yield from configurations("", 96, 6, 3136, 1, "fp32", tiles.default_plan(3136, 4))
+    yield from _carries("C96 N1, 2048 segments", 96, 1, "bf16", 2048)
     yield from configurations("", 192, 6, 3136, 16, "bf16", tiles.default_plan(3136, 2))
     for key, plan in tiles.pinned_plans().items():
         # VMamba's dt rank is a sixteenth of a block's width, which v0 (N > 1) expands to twice as many channels.
@@ -104,11 +105,14 @@ def configurations(
     summed = {"BLOCKS": blocks, "PITCH": pitch, "R": rank, "N": state, "TILE": _SUM_TILE}
     yield _one(shape, ss2d_projected_sum, dtype, summed, {"num_warps": 4})
     if count > 1:
-        carry: dict[str, Any] = {"C": channels, "N": state, "INTERPRET": False, "STAGES": 2}
-        carry |= {"CHANNELS": _CARRY_CHANNELS, "SEGMENTS": _CARRY_SEGMENTS}
-        for reverse in (False, True):
-            name = f"{shape} {'reverse' if reverse else 'forward'}"
-            yield _one(name, ss2d_carry, dtype, carry | {"REVERSE": reverse}, {"num_warps": 1})
+        yield from _carries(shape, channels, state, dtype, count)
+
+
+def _carries(shape: str, channels: int, state: int, dtype: str, count: int) -> Iterator[Configuration]:
+    for reverse in (False, True):
+        constants = {"C": channels, "N": state, "INTERPRET": False, "REVERSE": reverse, **carry_options(count)}
+        chosen = {"num_warps": constants.pop("num_warps")}
+        yield _one(f"{shape} {'reverse' if reverse else 'forward'}", ss2d_carry, dtype, constants, chosen)
 
 
 def _one(
