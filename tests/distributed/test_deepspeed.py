@@ -597,14 +597,57 @@ def test_what_an_engine_saved_goes_on_anywhere(
     """Five steps more on each number of ranks, by one engine after the other, and back in between."""
     own = ["parallel.engine=fsdp", "parallel.shard_size=1"] if engine == "hsdp" else ENGINES[engine]
     others = [name for name in ENGINES if name not in (engine, "hsdp")]
-    journey = [(own, saved_on, 2)]
-    for ranks in (1, 2, 3, 4):
-        steps = journey[-1][2]
-        other = others[(ranks + saved_on) % len(others)]
-        journey.append((ENGINES[other], ranks, steps + 5))
-        journey.append((own, saved_on, steps + 6))
-    lines = travelled(digits, tmp_path, journey)
+    visits = [(ENGINES[others[(ranks + saved_on) % len(others)]], ranks) for ranks in (1, 2, 3, 4)]
+    lines = travelled(digits, tmp_path, there_and_back(own, saved_on, visits))
     assert distance(unbroken[: len(lines)], [strip(line) for line in lines]) <= TOLERANCE
+
+
+def there_and_back(
+    own: list[str], saved_on: int, visits: list[tuple[list[str], int]]
+) -> list[tuple[list[str], int, int]]:
+    """A journey: two steps at home, then five at each visit and one at home again."""
+    journey = [(own, saved_on, 2)]
+    for more, ranks in visits:
+        steps = journey[-1][2]
+        journey += [(more, ranks, steps + 5), (own, saved_on, steps + 6)]
+    return journey
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("engine", "saved_on"),
+    [
+        *((engine, ranks) for engine in ("ddp", *map("zero{}".format, STAGES)) for ranks in (4, 2, 1)),
+        *(("fsdp", 2), ("fsdp", 1)),  # saved on 4: in test_equivalence.py
+    ],
+)
+def test_an_engine_goes_on_at_another_number_of_ranks(
+    engine: str, saved_on: int, digits: Path, unbroken: Lines, tmp_path: Path
+) -> None:
+    """Five steps more on each, of what the same engine saved: partitions cut for other ranks."""
+    own = ENGINES[engine]
+    visits = [(own, ranks) for ranks in (1, 2, 3, 4) if ranks != saved_on]
+    lines = travelled(digits, tmp_path, there_and_back(own, saved_on, visits)[:-1])
+    assert distance(unbroken[: len(lines)], [strip(line) for line in lines]) <= TOLERANCE
+
+
+@pytest.mark.slow
+def test_copies_of_shards_come_from_whole_weights_and_become_partitions(
+    digits: Path, unbroken: Lines, tmp_path: Path
+) -> None:
+    """HSDP 2 × 2, five steps at each arrival there and at the first from there."""
+    hsdp = by_engine("hsdp")
+    journey = [
+        (by_engine("ddp"), 4, 2),
+        (hsdp, 4, 7),
+        (zero(1), 2, 12),
+        (hsdp, 4, 17),
+        (zero(2), 3, 18),
+        (hsdp, 4, 23),
+        (by_engine("ddp"), 1, 26),
+    ]
+    lines = travelled(digits, tmp_path, journey)
+    assert distance(unbroken, [strip(line) for line in lines]) <= TOLERANCE
 
 
 @pytest.mark.parametrize("stage", [3, *(pytest.param(s, marks=SLOW) for s in (1, 2))])
