@@ -141,6 +141,13 @@ def late_ema(engine: str) -> Iterator[None]:
 
 
 @contextmanager
+def no_mixing(engine: str) -> Iterator[None]:
+    """No engine's mistake: it shows that what is compared does mix."""
+    with patch("vmamba_dist.data.augment.draw_mix", lambda *_: None):
+        yield
+
+
+@contextmanager
 def whole_gradients_unreduced(engine: str) -> Iterator[None]:
     """FSDP's own: each rank steps its whole parameters by its own gradients."""
     cls = engine_class("fsdp")
@@ -240,8 +247,8 @@ def lost_carry_of_a_state_that_matters(engine: str = "") -> Iterator[None]:
 MUTANTS: dict[str, Callable[[str], Any]] = {
     f.__name__: f
     for f in (
-        *(no_gradient_mean, no_clip, late_ema, whole_gradients_unreduced),
-        *(copies_unreduced, copies_counted_twice),
+        *(no_gradient_mean, no_clip, late_ema, no_mixing),
+        *(whole_gradients_unreduced, copies_unreduced, copies_counted_twice),
         *(a_state_that_matters, lost_carry_of_a_state_that_matters),
     )
 }

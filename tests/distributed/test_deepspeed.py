@@ -157,29 +157,16 @@ def test_a_file_of_the_users_own_reaches_deepspeed(
     own.write_text(
         json.dumps({"zero_optimization": {"reduce_bucket_size": 1000, "allgather_bucket_size": 1000}})
     )
-    seen = world(2).run(
-        reduce_bucket_size, words(digits, tmp_path / "seen", *zero(stage), f"parallel.deepspeed_config={own}")
-    )
-    assert seen == [1000, 1000]
+    assert world(2).run(bucket_sizes, stage, str(own)) == [{1000}] * 2
     lines = learned(digits, tmp_path / "run", 2, *zero(stage), f"parallel.deepspeed_config={own}")
     assert distance(alone, lines) <= TOLERANCE
 
 
-def reduce_bucket_size(args: list[str]) -> int:
-    from vmamba_dist.config import load
-    from vmamba_dist.parallel.zero_config import build_config
-
-    cfg = load(args)
-    found = build_config(
-        cfg.parallel,
-        clip=cfg.optim.clip,
-        compute=torch.float32,
-        device=torch.device("cpu"),
-        ranks=2,
-        largest=5000,
-        total=9000,
-    )
-    return int(found["zero_optimization"]["reduce_bucket_size"])
+def bucket_sizes(stage: int, file: str) -> set[int]:
+    """What DeepSpeed's own optimizer works with; ZeRO-3 has no bucket for the weights of all groups."""
+    with engine_of("deepspeed", stage, file=file) as (engine, _):
+        zero = engine._engine.optimizer
+        return {zero.reduce_bucket_size} | ({zero.allgather_bucket_size} if stage < 3 else set())
 
 
 def test_what_deepspeed_itself_refuses_is_the_users_error(digits: Path, tmp_path: Path) -> None:
@@ -597,14 +584,57 @@ def test_what_an_engine_saved_goes_on_anywhere(
     """Five steps more on each number of ranks, by one engine after the other, and back in between."""
     own = ["parallel.engine=fsdp", "parallel.shard_size=1"] if engine == "hsdp" else ENGINES[engine]
     others = [name for name in ENGINES if name not in (engine, "hsdp")]
-    journey = [(own, saved_on, 2)]
-    for ranks in (1, 2, 3, 4):
-        steps = journey[-1][2]
-        other = others[(ranks + saved_on) % len(others)]
-        journey.append((ENGINES[other], ranks, steps + 5))
-        journey.append((own, saved_on, steps + 6))
-    lines = travelled(digits, tmp_path, journey)
+    visits = [(ENGINES[others[(ranks + saved_on) % len(others)]], ranks) for ranks in (1, 2, 3, 4)]
+    lines = travelled(digits, tmp_path, there_and_back(own, saved_on, visits))
     assert distance(unbroken[: len(lines)], [strip(line) for line in lines]) <= TOLERANCE
+
+
+def there_and_back(
+    own: list[str], saved_on: int, visits: list[tuple[list[str], int]]
+) -> list[tuple[list[str], int, int]]:
+    """A journey: two steps at home, then five at each visit and one at home again."""
+    journey = [(own, saved_on, 2)]
+    for more, ranks in visits:
+        steps = journey[-1][2]
+        journey += [(more, ranks, steps + 5), (own, saved_on, steps + 6)]
+    return journey
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("engine", "saved_on"),
+    [
+        *((engine, ranks) for engine in ("ddp", *map("zero{}".format, STAGES)) for ranks in (4, 2, 1)),
+        *(("fsdp", 2), ("fsdp", 1)),  # saved on 4: in test_equivalence.py
+    ],
+)
+def test_an_engine_goes_on_at_another_number_of_ranks(
+    engine: str, saved_on: int, digits: Path, unbroken: Lines, tmp_path: Path
+) -> None:
+    """Five steps more on each, of what the same engine saved: partitions cut for other ranks."""
+    own = ENGINES[engine]
+    visits = [(own, ranks) for ranks in (1, 2, 3, 4) if ranks != saved_on]
+    lines = travelled(digits, tmp_path, there_and_back(own, saved_on, visits)[:-1])
+    assert distance(unbroken[: len(lines)], [strip(line) for line in lines]) <= TOLERANCE
+
+
+@pytest.mark.slow
+def test_copies_of_shards_come_from_whole_weights_and_become_partitions(
+    digits: Path, unbroken: Lines, tmp_path: Path
+) -> None:
+    """HSDP 2 × 2, five steps at each arrival there and at the first from there."""
+    hsdp = by_engine("hsdp")
+    journey = [
+        (by_engine("ddp"), 4, 2),
+        (hsdp, 4, 7),
+        (zero(1), 2, 12),
+        (hsdp, 4, 17),
+        (zero(2), 3, 18),
+        (hsdp, 4, 23),
+        (by_engine("ddp"), 1, 26),
+    ]
+    lines = travelled(digits, tmp_path, journey)
+    assert distance(unbroken, [strip(line) for line in lines]) <= TOLERANCE
 
 
 @pytest.mark.parametrize("stage", [3, *(pytest.param(s, marks=SLOW) for s in (1, 2))])
@@ -644,25 +674,66 @@ def test_the_quick_start_learns_the_same(digits: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_deepspeed_loads_what_was_converted_for_it(
-    stage: int, ranks: int, converted: tuple[Path, dict[str, str]]
+    stage: int, ranks: int, digits: Path, converted: tuple[Path, dict[str, str]]
 ) -> None:
+    """Weights, moments and steps to the bit; each group's weight decay; and it goes on as we do.
+
+    ZeRO-3's loader (0.19.8) gives the first group's hyper-parameters to all: what we write has none, which the
+    weight decays here show. It also hands one `step` to all groups, which then counts once a group and an update:
+    that is in no file's hands, so here, as a user has to, each group is given a copy of its own.
+    """
     folder, expected = converted
-    assert joint(world(ranks).run(loaded_by_deepspeed, str(folder), stage)) == expected
+    theirs = world(ranks).run(loaded_by_deepspeed, str(folder / "out"), stage)
+    assert joint([state for state, *_ in theirs]) == expected
+    ours = world(ranks).run(loaded_by_ourselves, str(folder / "run"))
+    for (_, decays, losses), (decays_of_ours, losses_of_ours) in zip(theirs, ours, strict=True):
+        assert decays == decays_of_ours == [0.05, 0.0]
+        assert losses == pytest.approx(losses_of_ours, rel=0, abs=TOLERANCE)
 
 
 @pytest.fixture(scope="module")
 def converted(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]:
-    """A run's checkpoint in DeepSpeed's universal format; and what of it DeepSpeed has a place for."""
+    """A run and its checkpoint in DeepSpeed's universal format; and what of it DeepSpeed has a place for."""
     folder = tmp_path_factory.mktemp("universal")
     world(2).run(train, words(digits, folder / "run", *zero(3), "run.max_steps=4"), timeout_s=240)
     convert(folder / "run", folder / "out", format="universal")
     kept = {name: t for name, t in stored(folder / "run").items() if not name.startswith("ema.")}
-    return folder / "out", fingerprints(kept)
+    return folder, fingerprints(kept)
 
 
-def loaded_by_deepspeed(folder: str, stage: int) -> dict[str, str]:
-    with engine_of("deepspeed", stage) as (engine, _):
+def loaded_by_deepspeed(folder: str, stage: int) -> tuple[dict[str, str], list[float], list[float]]:
+    with engine_of("deepspeed", stage) as (engine, rank):
         engine._engine._config.load_universal_checkpoint = True
         engine._engine.load_checkpoint(folder)
         assert not masters_apart(engine)
-        return fingerprints(engine.state())
+        state, optimizer = fingerprints(engine.state()), engine._zero.optimizer
+        if stage == 3:
+            for moments in optimizer.state.values():
+                moments["step"] = moments["step"].clone()
+        return state, weight_decays(optimizer), next_losses(engine, rank)
+
+
+def loaded_by_ourselves(run_dir: str) -> tuple[list[float], list[float]]:
+    with engine_of("ddp") as (engine, rank):
+        kept, tensors = stored(Path(run_dir)), engine.state()
+        for name, tensor in tensors.items():
+            tensor.copy_(kept[name])
+        engine.load(tensors)
+        return weight_decays(engine._optimizer), next_losses(engine, rank)
+
+
+def weight_decays(optimizer: torch.optim.Optimizer) -> list[float]:
+    return [group["weight_decay"] for group in optimizer.param_groups]
+
+
+def next_losses(engine: Any, rank: int) -> list[float]:
+    """This rank's, of five steps."""
+    losses = []
+    for step in range(5):
+        engine.set_lr(1e-2)
+        with engine.microbatch(sync=True):
+            terms = engine(inputs_of(step, rank))
+            engine.backward(terms.total)
+        assert bool(engine.update(0.5).applied)
+        losses.append(float(terms.total))
+    return losses

@@ -27,18 +27,24 @@ from distributed.equivalence import (
 )
 from distributed.micro import metrics, train, words
 from distributed.world import world
+from vmamba_dist.config import load as load_config
+from vmamba_dist.data.augment import draw_mix
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
 SLOW = pytest.mark.slow
 
 
-def test_the_run_learns_and_mixes(alone: Lines, alone_in_bf16: Lines) -> None:
+def test_the_run_learns_and_mixes(digits: Path, alone: Lines, alone_in_bf16: Lines) -> None:
+    """That it does as drawn is what the mutant `no_mixing` shows."""
     assert [line["step"] for line in alone] == list(range(1, STEPS + 1))
     for lines in (alone, alone_in_bf16):
         assert lines[-1]["eval/raw/loss"] <= 0.8 * lines[0]["loss"]
         assert lines[-1]["eval/ema/loss"] <= 0.8 * lines[0]["loss"]
         norms = [line["grad_norm"] for line in lines]
         assert max(norms) > 3 > min(norms)  # it clips some
+    cfg = load_config(words(digits, digits))
+    drawn = [draw_mix(cfg.augment, cfg.run.seed, step, cfg.data.image_size) for step in range(STEPS)]
+    assert {mix.box is None for mix in drawn if mix} == {True, False}  # by mixup and by cutmix
 
 
 # parallel.engine, ranks, samples a micro-batch: a rank's share of the 32 is one of them, or several.
@@ -120,6 +126,7 @@ def test_compiled_blocks_learn_what_eager_ones_learn(
         ("ddp", "no_gradient_mean"),
         ("ddp", "no_clip"),
         ("ddp", "late_ema"),
+        ("ddp", "no_mixing"),
         ("fsdp", "whole_gradients_unreduced"),
         ("hsdp", "copies_unreduced"),
         *(pytest.param("fsdp", m, marks=SLOW) for m in ("no_gradient_mean", "no_clip", "late_ema")),
@@ -220,7 +227,8 @@ def test_the_quick_start_learns_the_same_sharded(digits: Path, tmp_path: Path) -
     for engine in ("ddp", "fsdp"):
         run_dir = tmp_path / engine
         args = ["config=configs/quickstart.yaml", f"run.dir={run_dir}", f"data.train={digits}"]
-        args += ["run.max_steps=20", "telemetry.tensorboard=false", *by_engine(engine)]
+        args += ["run.max_steps=20", "telemetry.tensorboard=false", "precision.compute=float32"]
+        args += by_engine(engine)
         world(2).run(train, args, timeout_s=400)
         columns[engine] = [line["loss"] for line in metrics(run_dir)]
     assert len(columns["ddp"]) == 20

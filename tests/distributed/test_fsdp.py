@@ -218,6 +218,35 @@ def test_gradients_are_reduced_at_the_last_micro_batch_alone() -> None:
         assert (first, last) == (0, 5)  # three blocks, a downsample, and the rest
 
 
+def gathered_when() -> tuple[dict[str, int], dict[str, int]]:
+    """How many units have been gathered when each one begins to compute, in a forward and in a backward."""
+    module = objective()
+    engine = start(module, engine="fsdp")
+    insides = ("patch_embed.0", "layers.0.blocks.0.mlp.fc2", "layers.0.downsample.1")
+    insides += ("layers.1.blocks.0.mlp.fc2", "layers.1.blocks.1.mlp.fc2", "classifier.head")
+    forward: dict[str, int] = {}
+    backward: dict[str, int] = {}
+    with counting("allgather") as calls:
+        for name in insides:
+            part = module.backbone.get_submodule(name)
+            part.register_forward_pre_hook(lambda *_, name=name: forward.update({name: len(calls)}))
+            part.register_full_backward_pre_hook(lambda *_, name=name: backward.update({name: len(calls)}))
+        with engine.microbatch(sync=True):
+            total = engine(share(0)).total
+            calls.clear()
+            engine.backward(total)
+    return forward, backward
+
+
+def test_a_unit_is_gathered_while_the_one_before_it_computes() -> None:
+    """Its own gather and the next one's have been asked for; with the root there are five, and none is asked for twice.
+    Without the prefetch it would be 1 to 5, each unit's when it is its turn."""
+    for forward, backward in world(2).run(gathered_when):
+        assert list(forward.values()) == [2, 3, 4, 5, 5, 5]
+        assert next(iter(backward)) == "classifier.head"
+        assert list(backward.values())[:5] == [2, 3, 4, 5, 5]
+
+
 def watch_a_step() -> dict[str, Any]:
     """A step in bfloat16: what the scans, the norms and the projections were given, beside the masters."""
     from vmamba_dist.models import ss2d

@@ -380,13 +380,32 @@ def hang(launcher: Launcher, args: list[str], run_dir: Path, rank: int) -> tuple
     return time.monotonic() - begun, out.read_text()
 
 
-@pytest.mark.parametrize("rank", [0, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("engine", "rank"),
+    [
+        ("ddp", 0),
+        *(
+            pytest.param(engine, rank, marks=pytest.mark.slow)
+            for engine, rank in (
+                ("ddp", 2),
+                ("fsdp", 0),
+                ("fsdp", 2),
+                ("zero-2", 0),
+                ("zero-2", 2),
+                ("zero-3", 2),
+            )
+        ),
+    ],
+)
 def test_a_rank_that_hangs_is_named_and_ends_the_run(
-    rank: int, launcher: Launcher, digits: Path, tmp_path: Path
+    engine: str, rank: int, launcher: Launcher, digits: Path, tmp_path: Path
 ) -> None:
+    """Also where the others wait in a collective of FSDP's or DeepSpeed's own, in the middle of a forward."""
+    if engine.startswith("zero"):
+        pytest.importorskip("deepspeed", reason="parallel.engine=deepspeed needs it")
     run_dir = tmp_path / "run"
     more = ("parallel.timeout_s=5", "data.global_batch=36", "schedule.epochs=300", "run.max_steps=9999")
-    took, told = hang(launcher, short(digits, run_dir, *more), run_dir, rank)
+    took, told = hang(launcher, short(digits, run_dir, *more, *ENGINES[engine]), run_dir, rank)
     assert took < 15
     found = re.search(
         rf"step (\d+): rank {rank} did not arrive within [\d.]+ s \(parallel.timeout_s=5\)", told
