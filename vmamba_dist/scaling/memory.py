@@ -89,9 +89,7 @@ class Standing:
     gpu: dict[str, float]
     host: dict[str, float]
     weights: WeightBytes
-    update: float = (
-        0.0  # bytes of gradients that an update holds, activations gone; 0: no more than a backward's end
-    )
+    update: float = 0.0  # bytes of gradients in an update, activations gone; 0: no more than a backward's end
 
 
 @dataclass(frozen=True)

@@ -110,7 +110,13 @@ def configurations(
 
 def _carries(shape: str, channels: int, state: int, dtype: str, count: int) -> Iterator[Configuration]:
     for reverse in (False, True):
-        constants = {"C": channels, "N": state, "INTERPRET": False, "REVERSE": reverse, **carry_options(count)}
+        constants = {
+            "C": channels,
+            "N": state,
+            "INTERPRET": False,
+            "REVERSE": reverse,
+            **carry_options(count),
+        }
         chosen = {"num_warps": constants.pop("num_warps")}
         yield _one(f"{shape} {'reverse' if reverse else 'forward'}", ss2d_carry, dtype, constants, chosen)
 
