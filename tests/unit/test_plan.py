@@ -80,8 +80,8 @@ def _fake_model(device: str, policy: Policy, variant: Variant, pattern: Any) -> 
 class _Bytes(TorchDispatchMode):
     """Counts the bytes of all storages that operations make, while they live.
 
-    MemTracker counts the same and, besides, for every module at every operation: four times the time for a whole
-    model. That both see the same is a test.
+    MemTracker counts the same and, besides, for every module at every operation: four times the time. That both see the
+    same is a test.
     """
 
     def __init__(self) -> None:
@@ -173,14 +173,14 @@ AT_224 = {
 @pytest.mark.parametrize(
     "name", [pytest.param(name, id=size, marks=marks) for size, (name, marks) in AT_224.items()]
 )
-def test_memory_is_what_a_step_holds(name: str, policy: Policy) -> None:
+def test_memory_is_what_torchs_tracker_counts(name: str, policy: Policy) -> None:
     """At 224 px, batch 8, bfloat16. The bar is 10 %; it holds within 2 %."""
     given = (policy, get_variant(name), 8, 224, torch.bfloat16, "cross2d")
-    assert _planned_peak(*given) == pytest.approx(_step(*given, ours=True), rel=0.02)
+    assert _planned_peak(*given) == pytest.approx(_step(*given, ours=False), rel=0.02)
 
 
 @pytest.mark.usefixtures("as_on_a_gpu")
-def test_torchs_tracker_counts_the_same() -> None:
+def test_torchs_tracker_counts_as_ours_does() -> None:
     given: Any = (
         "selective",
         get_variant("vmamba_pico", depths=(1, 1, 1, 1)),
@@ -190,14 +190,6 @@ def test_torchs_tracker_counts_the_same() -> None:
         "cross2d",
     )
     assert _step(*given, ours=False) == pytest.approx(_step(*given, ours=True), rel=1e-3)
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("as_on_a_gpu")
-@pytest.mark.parametrize("policy", POLICIES)
-def test_memory_is_what_torchs_tracker_counts(policy: Policy) -> None:
-    given = (policy, get_variant("vmamba_tiny_s1l8"), 8, 224, torch.bfloat16, "cross2d")
-    assert _planned_peak(*given) == pytest.approx(_step(*given, ours=False), rel=0.02)
 
 
 def _short(name: str, **overrides: Any) -> Variant:
