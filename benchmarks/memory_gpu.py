@@ -31,7 +31,7 @@ from vmamba_dist.core.gpus import Gpu as Kind
 from vmamba_dist.models.vmamba import create_model
 from vmamba_dist.objectives.base import Inputs
 from vmamba_dist.objectives.classify import Classify
-from vmamba_dist.parallel.engine import Engine
+from vmamba_dist.parallel.engine import Engine, Update
 from vmamba_dist.parallel.plan import parallelize
 from vmamba_dist.parallel.recompute import apply_recompute
 from vmamba_dist.scaling.activations import POLICIES, Policy
@@ -90,13 +90,15 @@ class Training:
         positions = torch.arange(batch, device=place.device)
         self.inputs = Inputs(images, targets, positions, 0, [])
         self.steps = 0
+        self.loss: torch.Tensor
+        self.done: Update
 
     def step(self) -> None:
         with self.engine.microbatch(sync=True):
             loss = self.engine(self.inputs).total
             self.engine.backward(loss)
         self.loss = loss.detach()
-        self.update = self.engine.update(self.cfg.optim.clip)
+        self.done = self.engine.update(self.cfg.optim.clip)
         self.steps += 1
         self.average.update(self.steps)
 
@@ -107,8 +109,8 @@ class Training:
         for _ in range(2):
             self.step()
         loss = float(self.loss)
-        if not (math.isfinite(loss) and bool(self.update.applied)):
-            raise ArithmeticError(f"a loss of {loss}, gradients of norm {float(self.update.grad_norm)}")
+        if not (math.isfinite(loss) and bool(self.done.applied)):
+            raise ArithmeticError(f"a loss of {loss}, gradients of norm {float(self.done.grad_norm)}")
         _, peak = device.peak(self.step)
         if device.rehearsing:
             return Measured(peak, peak, 0, device.pace(self.step, 1), loss)

@@ -85,7 +85,8 @@ def gate(device: Device) -> str:
     """Say how near the scan stands to the PyTorch path in float64; exit where it is too far."""
     cases = [(replace(stage.shape, batch=2), torch.bfloat16) for stage in TINY]
     odd, small = ImageShape(2, 9, 7, 40, 3, 16), replace(TINY[2].shape, batch=2)
-    cases += [(odd, torch.bfloat16), (odd, torch.float32), (small, torch.float32)]
+    large = ImageShape(1, 128, 128, 96, 6)  # more segments than are linked at once elsewhere
+    cases += [(odd, torch.bfloat16), (odd, torch.float32), (small, torch.float32), (large, torch.bfloat16)]
     if device.rehearsing:
         cases = [(ImageShape(2, 3, 5, 4, 2), torch.bfloat16), (ImageShape(2, 3, 5, 4, 2), torch.float32)]
     found = dict.fromkeys(TOLERANCE, 0.0)

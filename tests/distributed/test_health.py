@@ -400,7 +400,7 @@ def hang(launcher: Launcher, args: list[str], run_dir: Path, rank: int) -> tuple
 def test_a_rank_that_hangs_is_named_and_ends_the_run(
     engine: str, rank: int, launcher: Launcher, digits: Path, tmp_path: Path
 ) -> None:
-    """Also where the others wait in a collective of FSDP's or DeepSpeed's own, in the middle of a forward."""
+    """Also where the others wait in a collective of FSDP's or DeepSpeed's own, amid a forward or a backward."""
     if engine.startswith("zero"):
         pytest.importorskip("deepspeed", reason="parallel.engine=deepspeed needs it")
     run_dir = tmp_path / "run"

@@ -240,7 +240,7 @@ def test_of_every_half_gelu_is_rounded_once() -> None:
     assert found[-3:].nan_to_num(1, posinf=2).tolist() == [0, 2, 1]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16 if GPU else torch.float32, torch.float16], ids=str)
 def test_a_product_with_gelu_has_a_rows_bits_in_any_batch(dtype: torch.dtype) -> None:
     x, weight, bias = product(PRODUCTS[0], dtype)
     whole = rows.linear_gelu(x, weight, bias)

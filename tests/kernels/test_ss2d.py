@@ -213,6 +213,7 @@ def test_triton_asks_for_a_gpu_or_the_interpreter(monkeypatch):
 
 ON_TRITON = partial(ss2d_scan, backend="triton")
 SMALL = Plan(span=4, steps=2, ends=16, output=16, gradients=16)
+LINKED = Plan(span=2, steps=1, ends=16, output=16, gradients=16)
 CUT = ImageShape(2, 3, 5, 20, 3)  # 4 segments of 4 steps, the last of 3; 2 blocks of channels, the last of 4
 MINI = ImageShape(2, 3, 4, 6, 2)  # 3 segments of 4 steps
 
@@ -273,6 +274,11 @@ KERNEL_CASES = [
     (ImageShape(2, 4, 4, 20, 2, 2), "bidi", SMALL),
     (ImageShape(1, 4, 3, 20, 4, 2), "cross2d", SMALL),
     (ImageShape(1, 3, 4, 9, 1, 2), "bidi", SMALL),
+    # Segments are linked 16 at once: 17, the last of whose end nobody wants; 18; 34, one in part. And 64 at once: 130.
+    (ImageShape(1, 2, 17, 5, 2, 2), "cross2d", LINKED),
+    (ImageShape(1, 1, 36, 70, 2), "unidi", Plan(span=2, steps=1)),
+    (ImageShape(1, 1, 67, 5, 2), "cross2d", LINKED),
+    (ImageShape(1, 10, 13, 5, 2), "cross2d", Plan(span=1, steps=1, ends=16, output=16, gradients=16)),
     (ImageShape(1, 3, 2, 5, 17, 16), "cross2d", Plan(span=2, steps=2, ends=16, output=16, gradients=16)),
     (ImageShape(2, 1, 1, 8, 1), "cross2d", SMALL),
     (ImageShape(2, 1, 1, 8, 2, 16), "unidi", SMALL),
@@ -609,7 +615,7 @@ def test_words_of_two_are_read_only_where_words_begin(monkeypatch):
 @pytest.mark.parametrize("state", [1, 2, 16])
 @pytest.mark.parametrize(
     "size",
-    [(1, 1), (1, 2), (3, 5), (7, 7), (14, 14), (28, 28), (56, 56), (1, 3137)],
+    [(1, 1), (1, 2), (3, 5), (7, 7), (14, 14), (28, 28), (56, 56), (1, 3137), (128, 64)],
     ids="{0[0]}x{0[1]}".format,
 )
 def test_native_kernels_are_the_definition_at_every_length(size, state, dtype):

@@ -239,14 +239,14 @@ def _measured_steps() -> Iterator[tuple[str, str, int, Policy, float]]:
             if few is not None and line.startswith("The largest model"):
                 batch = int(few[1])
             cells = [cell.strip() for cell in line.strip("|").split("|")]
-            if len(cells) >= 9 and cells[0].startswith("vmamba_"):
+            if len(cells) >= 9 and re.fullmatch(r"[\d.]+", cells[2]):
                 yield found[1], cells[0], batch, cells[1], float(cells[2])  # type: ignore[misc]
 
 
 def test_memory_is_what_an_h200_allocated() -> None:
     """Plain, FSDP2 and ZeRO-1; Base to Huge under each policy, giant and 2b. The bar is 10 %."""
     rows = list(_measured_steps())
-    assert len(rows) == 3 * (4 * len(POLICIES) + 1) + 2
+    assert len({row[:4] for row in rows}) >= 3 * (4 * len(POLICIES) + 1)
     for words, name, batch, policy, gib in rows:
         asked = job(f"model.name={name}", f"data.global_batch={batch}", *words.split())
         found = memory(asked, policy, batch).allocated / GIB
@@ -510,7 +510,7 @@ def test_no_way_out_is_said() -> None:
 
 
 def test_the_measured_step_is_given_back() -> None:
-    """2,807 images/s: benchmarks/results/models_replayed_gpu.md, VMamba-T in training."""
+    """2,807 images/s: benchmarks/results/models_replayed_gpu.md, "Before: an H100", VMamba-T in training."""
     asked = job("data.global_batch=128", "ema.enabled=false", "model.drop_path=0", gpu="h100-80")
     found = cost(asked, "off", 128, Place(8, 50.0))
     assert found.images_per_s == pytest.approx(2807, rel=0.03)

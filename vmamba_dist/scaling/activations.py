@@ -322,7 +322,8 @@ class _Block:
         blocks, groups = -(-d // how.channels), -(-segments // ROWS)
         starts = FLOAT32 * K * segments * (n + 1) * d
         projected = K * pitch * self.tokens
-        partial = (self.compute if n == 1 else FLOAT32) * blocks * projected
+        wide = n > 1 or self.height * self.width < ROWS  # as partial_is_wide has it
+        partial = (FLOAT32 if wide else self.compute) * blocks * projected
         parameters = FLOAT32 * groups * d * (K * (r + 1 + n) + 1)
         return starts + FLOAT32 * d * self.tokens + partial + parameters
 

@@ -2,9 +2,9 @@
 
 Law: a step is arithmetic, traffic and scans at measured rates, what communication they cannot hide, and the update. The
 rates are those of VMamba-T's eager training step on an H100 at batch 128, bfloat16 (benchmarks/results/
-profile_eager_gpu.md for the split, models_replayed_gpu.md for the whole); elsewhere they scale with the GPU's peak (the
-scans, which instructions bound, too) and its memory's bandwidth. Reading samples, evaluating and saving are left out.
-No torch.
+profile_eager_gpu.md for the split, models_replayed_gpu.md, "Before", for the whole); elsewhere they scale with a GPU's
+peak (the scans, which instructions bound, too) and its memory's bandwidth. Reading samples, evaluating and saving are
+left out. No torch.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ BETWEEN = 1.02  # a step, 45.6 ms where no launch is waited for, over the sum of
 # Seconds that the host takes to launch one block's forward and backward in eager mode: assumed (a hundred kernels at
 # 12 µs; for recomputing, in the proportions that were seen on a CPU). A micro-batch takes no less.
 LAUNCH_S: dict[Policy, float] = {"off": 1.2e-3, "selective": 2.6e-3, "block": 2.0e-3}
-# What virtual machines' hosts took where they decided: Base and Large at 32 samples on an H200
-# (benchmarks/results/memory_recompute_ddp_gpu.md); an H100's took 4.9 ms for the first.
-SLOW_LAUNCH_S: dict[Policy, float] = {"off": 4.7e-3, "selective": 13.5e-3, "block": 7.2e-3}
+# What a virtual machine's host took with an H200, the least of Base to Huge at 32 samples
+# (benchmarks/results/memory_recompute_ddp_gpu.md); another's, with an H100, 4.9 ms for the first.
+SLOW_LAUNCH_S: dict[Policy, float] = {"off": 4.6e-3, "selective": 11.7e-3, "block": 7.2e-3}
 HOST_GBS = 25.0  # GB/s between a GPU and its host, for what is offloaded
 
 

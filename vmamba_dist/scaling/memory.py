@@ -17,12 +17,12 @@ from vmamba_dist.models.variants import Variant, configured
 from vmamba_dist.scaling.activations import FLOAT32, POLICIES, Part, Peak, Policy, WeightBytes, parts, peak
 
 GIB = 2**30
-# Beside the allocator; all but NCCL of several GPUs, which is assumed, measured on an H200 (memory_recompute_*_gpu.md).
-CONTEXT = 0.9 * GIB  # the CUDA context, with the kernels' code: .75 for Base, .94 for Huge, 1.24 for 2b
-NCCL = 1.0 * GIB  # communicators and their channels
-ALONE = {"ddp": 0.0, "fsdp": 0.55 * GIB, "deepspeed": 0.95 * GIB}  # the same of one process
+# On an H200 (benchmarks/results/memory_recompute_*_gpu.md) the context was .75 GiB for Base, .94 for Huge, 1.24 for 2b.
+CONTEXT = 0.9 * GIB  # the CUDA context, with the kernels' code
+NCCL = 1.0 * GIB  # communicators and their channels, of several GPUs: assumed
+ALONE = {"ddp": 0.0, "fsdp": 0.55 * GIB, "deepspeed": 0.95 * GIB}  # of one process: measured there
 WORKSPACES = 0.1 * GIB  # of cuBLAS and cuDNN
-SLACK = 0.04  # of what is allocated, that the allocator holds beside it
+SLACK = 0.04  # of what is allocated, that the allocator cannot do without: assumed; with room it held .02 to .29 more
 # DeepSpeed's buckets in elements, as vmamba_dist/parallel/zero_config.py sets them.
 BUCKET = 25_000_000
 DEFAULT_STAGE = 2

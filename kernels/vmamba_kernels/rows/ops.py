@@ -10,6 +10,7 @@ counts what the plain one does. A compiled model needs none of them: inductor fu
 """
 
 import importlib.util
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -331,12 +332,7 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     The sum is rounded to x's dtype before GELU, as addmm rounds it. In float32 a GPU takes torch's two calls: its
     tensor cores have no such product. Raises RuntimeError where shapes or dtypes do not fit each other.
     """
-    fits = x.shape[1] == weight.shape[1] and bias.shape == weight.shape[:1]
-    if not (fits and x.dtype == weight.dtype == bias.dtype):  # kernels look at no bounds
-        given = ", ".join(f"{tuple(t.shape)} {t.dtype}" for t in (x, weight, bias))
-        raise RuntimeError(
-            f"linear_gelu takes x (M, K), weight (N, K) and bias (N) of one dtype, not {given}"
-        )
+    _fit(x, weight, bias)
     if not (_as_triton(x) and weight.numel() > 0 and (x.element_size() == 2 or interpreted())):
         with torch.autocast(x.device.type, enabled=False):  # which would have the value in another dtype
             y: Tensor = torch.ops.aten.gelu_(torch.addmm(bias, x, weight.t()))
@@ -344,7 +340,7 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     x, weight, bias = _lines(x, weight, bias)
     (rows, inner), columns = x.shape, weight.shape[0]
     y = x.new_empty((rows, columns))
-    cut = _product(inner, columns, x.is_cuda and torch.cuda.get_device_capability(x.device) == (9, 0))
+    cut = _product(inner, _is_hopper(x.device))
     with torch.cuda.device_of(x):
         launch(
             rows_linear_gelu,
@@ -355,13 +351,28 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return y
 
 
+def _fit(x: Tensor, weight: Tensor, bias: Tensor) -> None:
+    fits = x.shape[1] == weight.shape[1] and bias.shape == weight.shape[:1]
+    if not (fits and x.dtype == weight.dtype == bias.dtype):  # kernels look at no bounds
+        given = ", ".join(f"{tuple(t.shape)} {t.dtype}" for t in (x, weight, bias))
+        raise RuntimeError(
+            f"linear_gelu takes x (M, K), weight (N, K) and bias (N) of one dtype, not {given}"
+        )
+
+
 @linear_gelu.register_fake
 def _(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    _fit(x, weight, bias)
     return x.new_empty((x.shape[0], weight.shape[0]))
 
 
-def _product(inner: int, columns: int, hopper: bool) -> Product:
-    """How a product over `inner` (K) to `columns` (N) is cut, of any number of rows: a batch changes no image's bits.
+@cache
+def _is_hopper(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+
+
+def _product(inner: int, hopper: bool) -> Product:
+    """How a product over `inner` (K) is cut, of any number of rows and columns: a batch changes no image's bits.
 
     Measured on an H200 (docs/kernels.md). Several programs fit on a multiprocessor, so that one's GELU hides behind
     another's product: by its instructions it is as long as a product over K = 240. On other GPUs, where nothing was
@@ -443,9 +454,10 @@ def _linear_gelu_gradients(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, 
     if dy is None:
         return (None,) * 3
     x, weight, bias = ctx.saved_tensors
-    hidden = torch.addmm(bias, x, weight.t())
-    d_hidden = torch.ops.aten.gelu_backward(dy, hidden)
-    return torch.mm(d_hidden, weight), torch.mm(d_hidden.t(), x), d_hidden.sum(0)
+    with torch.autocast(x.device.type, enabled=False):  # as in the forward
+        hidden = torch.addmm(bias, x, weight.t())
+        d_hidden = torch.ops.aten.gelu_backward(dy, hidden)
+        return torch.mm(d_hidden, weight), torch.mm(d_hidden.t(), x), d_hidden.sum(0)
 
 
 def _refuse_keep(ctx: Any) -> None:

@@ -1,4 +1,4 @@
-"""What the kernels on rows are compiled for ahead of time: the widths of VMamba-T's and the largest model's blocks."""
+"""What the kernels on rows are compiled for ahead of time: the widths of VMamba-T's blocks, and one of the largest."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -54,7 +54,7 @@ def _one(
 
 
 def _one_product(inner: int, columns: int, hopper: bool) -> Configuration:
-    constants = _product_constants(inner, columns, _product(inner, columns, hopper), fast=True)
+    constants = _product_constants(inner, columns, _product(inner, hopper), fast=True)
     options = {name: constants.pop(name) for name in ("num_warps", "num_stages")}
     types = dict.fromkeys(("p_x", "p_w", "p_b", "p_y"), "*bf16") | {"M": "i32"}
     return f"rows_linear_gelu sm_{90 if hopper else 80} C{inner}", rows_linear_gelu, types, constants, options

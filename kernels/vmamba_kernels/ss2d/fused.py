@@ -43,10 +43,24 @@ def options(plan: Plan, kernel: str) -> dict[str, int]:
     return found | ({"maxnreg": registers} if registers else {})
 
 
-def carry_options(segments: int) -> dict[str, int]:
+def partial_is_wide(state: int, length: int) -> bool:
+    """Whether the partial sums of the projection's gradient are float32 where x has 16 bits.
+
+    One addition a state would round 16-bit numbers again and again. Of a few tokens they cost nothing in float32, and
+    no mean over many hides what rounding does to one.
+    """
+    return state > 1 or length < ROWS
+
+
+def carry_options(channels: int, segments: int) -> dict[str, int]:
     """Return how a sequence's segments are linked: many of them four times as many at once."""
     at_once, warps = (64, 4) if segments > 128 else (16, 1)
-    return {"CHANNELS": _CARRY_CHANNELS, "SEGMENTS": at_once, "STAGES": 3, "num_warps": warps}
+    return {
+        "CHANNELS": min(_CARRY_CHANNELS, _power_of_two(channels)),
+        "SEGMENTS": at_once,
+        "STAGES": 3,
+        "num_warps": warps,
+    }
 
 
 def empty_saved(x: Tensor, A: Tensor) -> Tensor:
@@ -89,9 +103,7 @@ class _Problem:
         self.weight = dt_weight.to(x.dtype).contiguous()
         self.bias, self.A = dt_bias.float().contiguous(), A.float().contiguous()
         self.skip = D.float().view(4, self.channels).sum(0)
-        # One addition a state would round 16-bit numbers again and again; of a few tokens they cost nothing in float32,
-        # and no mean over many hides what rounding does to one.
-        self.partial_dtype = x.dtype if self.state == 1 and self.length >= ROWS else torch.float32
+        self.partial_dtype = torch.float32 if partial_is_wide(self.state, self.length) else x.dtype
         exact = x.dtype == torch.float32
         self.constants: dict[str, Any] = {
             "C": self.channels,
@@ -119,7 +131,7 @@ class _Problem:
             "C": self.channels,
             "N": self.state,
             "INTERPRET": interpreted(),
-            **carry_options(self.count),
+            **carry_options(self.channels, self.count),
         }
         self.inputs = (self.projected, self.weight, self.bias, self.A)
         self.sizes = (self.length, self.count, self.rows)
@@ -137,7 +149,7 @@ class _Problem:
         plan = self.plan
         ends, starts = (self.new(4, self.rows, self.state, self.channels) for _ in range(2))
         sums = self.new(4, self.rows, self.channels)
-        blocks = -(-self.channels // _CARRY_CHANNELS)
+        blocks = -(-self.channels // self.carry_constants["CHANNELS"])
         with torch.cuda.device_of(self.x):
             launch(
                 kernel,

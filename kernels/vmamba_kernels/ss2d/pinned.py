@@ -18,7 +18,7 @@ Configuration = tuple[str, Any, dict[str, str], dict[str, Any], dict[str, int]]
 # Channels, dt rank and length of VMamba-T's stages at 224 pixels.
 STAGES = ((96, 6, 3136), (192, 12, 784), (384, 24, 196), (768, 48, 49))
 FLOAT32 = ("p_bias", "p_A", "p_D", "p_ends", "p_sums", "p_sum", "p_parameters")
-PARTIAL = ("p_dp",)  # float32 where N > 1
+PARTIAL = ("p_dp",)  # float32 where partial_is_wide says so; of no shape here is a sequence that short
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 
 
@@ -115,7 +115,7 @@ def _carries(shape: str, channels: int, state: int, dtype: str, count: int) -> I
             "N": state,
             "INTERPRET": False,
             "REVERSE": reverse,
-            **carry_options(count),
+            **carry_options(channels, count),
         }
         chosen = {"num_warps": constants.pop("num_warps")}
         yield _one(f"{shape} {'reverse' if reverse else 'forward'}", ss2d_carry, dtype, constants, chosen)
