@@ -53,8 +53,8 @@ def partial_is_wide(state: int, length: int) -> bool:
 
 
 def carry_options(channels: int, segments: int) -> dict[str, int]:
-    """Return how a sequence's segments are linked: many of them four times as many at once."""
-    at_once, warps = (64, 4) if segments > 128 else (16, 1)
+    """Return how a sequence's segments are linked: 64 at once where there are many, else 16 or what there is."""
+    at_once, warps = (64, 4) if segments > 128 else (min(16, int(triton.next_power_of_2(segments))), 1)
     return {
         "CHANNELS": min(_CARRY_CHANNELS, _power_of_two(channels)),
         "SEGMENTS": at_once,
