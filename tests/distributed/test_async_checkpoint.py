@@ -641,7 +641,12 @@ def save_slowly(
 
 
 @pytest.mark.parametrize(
-    ("at", "rank", "wait"), [("describe", 2, False), ("describe", 0, True), ("publish", 0, False)]
+    ("at", "rank", "wait"),
+    [
+        ("describe", 2, False),
+        pytest.param("describe", 0, True, marks=pytest.mark.slow),
+        pytest.param("publish", 0, False, marks=pytest.mark.slow),
+    ],
 )
 def test_a_save_slower_than_the_limit_is_a_counted_failure_that_names_the_slow_rank(
     tmp_path: Path, at: str, rank: int, wait: bool
@@ -675,6 +680,7 @@ def save_and_never_come(path: Path) -> str:
     return ""
 
 
+@pytest.mark.slow
 def test_a_rank_that_never_ends_its_part_ends_the_run_and_is_named(tmp_path: Path) -> None:
     told = world(3).run(save_and_never_come, tmp_path)
     assert len(set(told)) == 1

@@ -109,8 +109,8 @@ def run_steps(parallel: dict[str, Any], max_norm: float) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("ranks", "options"),
     [
-        (4, {}),
-        (3, {}),
+        pytest.param(4, {}, marks=pytest.mark.slow),
+        pytest.param(3, {}, marks=pytest.mark.slow),
         (4, {"shard_size": 2}),
         (2, {"cpu_offload": True}),
         (2, {"shard_size": 1}),

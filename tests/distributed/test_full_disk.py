@@ -53,6 +53,7 @@ def train_on_a_full_disk(args: list[str], run_dir: Path, full_at: int, free_at: 
         return train(args)
 
 
+@pytest.mark.slow
 def test_a_full_disk_delays_lines_and_loses_none(tmp_path: Path, images: Path) -> None:
     """It used to end the run with a bare OSError at the first step that was not written."""
     run_dir = tmp_path / "run"

@@ -152,6 +152,7 @@ def test_it_does_so_under_every_engine(engine: str, digits: Path, tmp_path: Path
     assert last_state(back) == last_state(seeded)
 
 
+@pytest.mark.slow
 def test_a_kill_between_the_record_and_the_next_save_loses_no_skip(
     digits: Path, rolled_back: Path, tmp_path: Path
 ) -> None:
@@ -322,7 +323,8 @@ def train_in_a_crowd(args: list[str], rank: int) -> str:
 
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores")
-@pytest.mark.parametrize("engine", ["fsdp", pytest.param("zero-3", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["fsdp", "zero-3"])
 def test_a_slow_device_is_named_where_the_forward_gathers(engine: str, digits: Path, tmp_path: Path) -> None:
     """Steps take all ranks the same time there, and each part of them; a product that each computes alone does not."""
     if engine.startswith("zero"):

@@ -169,7 +169,7 @@ AT_224 = {
 
 
 @pytest.mark.usefixtures("as_on_a_gpu")
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", ["off", "block", pytest.param("selective", marks=_slow)])
 @pytest.mark.parametrize(
     "name", [pytest.param(name, id=size, marks=marks) for size, (name, marks) in AT_224.items()]
 )
