@@ -29,6 +29,7 @@ from gpu import Gpu
 from triton.errors import TritonError
 
 from vmamba_kernels import ss2d_scan
+from vmamba_kernels.backend import generation
 from vmamba_kernels.ss2d import fused, tiles
 from vmamba_kernels.ss2d.tiles import Key, Plan
 from vmamba_kernels.testing import ImageShape, relative_rms, value_and_gradients
@@ -87,7 +88,7 @@ class Problem:
     def key(self) -> Key:
         device = torch.device("cuda", torch.cuda.current_device())
         size = DTYPES[self.dtype].itemsize
-        return Key(tiles.generation(device), self.channels, self.length, self.state, size)
+        return Key(generation(device), self.channels, self.length, self.state, size)
 
     def __str__(self) -> str:
         return f"C{self.channels} R{self.rank} N{self.state} L{self.length} {self.dtype}"

@@ -1,4 +1,7 @@
-"""The one place that chooses an implementation: the user's word and a device become "torch" or "triton"."""
+"""The one place that chooses an implementation: the user's word and a device become "torch" or "triton".
+
+And that names a device's generation, by which kernels are cut.
+"""
 
 import importlib.util
 import logging
@@ -61,6 +64,15 @@ def backend_for(backend: str, x: torch.Tensor) -> str:
             )
         return "torch"
     return chosen
+
+
+@cache
+def generation(device: torch.device) -> str:
+    """Return the device generation that kernels' tables name: sm_90; or cpu, where kernels are interpreted."""
+    if device.type != "cuda":
+        return device.type
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
 
 
 @cache

@@ -55,13 +55,13 @@ ALLOWED_SPILLS: dict[str, tuple[int, str]] = {
 }
 
 
-def unaddressed(name: str) -> str:
+def without_generation(name: str) -> str:
     """A configuration's name without the generation that it is for."""
     return re.sub(r" sm_\d+\b", "", name)
 
 
 def allowed(name: str) -> int:
-    name = unaddressed(name)
+    name = without_generation(name)
     matching = [prefix for prefix in ALLOWED_SPILLS if name.startswith(prefix)]
     return ALLOWED_SPILLS[max(matching, key=len)][0] if matching else 0
 
@@ -161,7 +161,9 @@ def test_no_configuration_spills_anything_new():
     here = [
         p for p, (_, why) in ALLOWED_SPILLS.items() if "alone" not in why or f"Triton {version} alone" in why
     ]
-    assert [p for p in here if not any(unaddressed(r[1]).startswith(p) and r[3] > 0 for r in rows)] == []
+    assert [
+        p for p in here if not any(without_generation(r[1]).startswith(p) and r[3] > 0 for r in rows)
+    ] == []
 
 
 def test_pinned_names_are_unique():

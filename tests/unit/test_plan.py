@@ -46,6 +46,7 @@ from vmamba_dist.scaling.cost import Place, _passes, cost
 from vmamba_dist.scaling.memory import GIB, Job, largest_micro_batch, memory, micro_batches, way_out
 from vmamba_dist.scaling.tiles import cut
 from vmamba_dist.train.ema import Ema
+from vmamba_kernels.backend import generation
 from vmamba_kernels.ss2d import fused, tiles
 from vmamba_kernels.ss2d.tiles import Key, default_plan, pinned_plans
 
@@ -53,7 +54,7 @@ CLASSES = 1000
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
-GENERATION = tiles.generation(torch.device("cuda", 0)) if CUDA else "sm_90"
+GENERATION = generation(torch.device("cuda", 0)) if CUDA else "sm_90"
 
 
 def job(*words: str, gpus: int = 1, gpu: str = "h200-141", classes: int = CLASSES) -> Job:
@@ -297,19 +298,25 @@ class _Unlaunched:
         return lambda *args, **kwargs: None
 
 
-@pytest.mark.parametrize("state", [1, 3])
-def test_the_scans_own_scratch_is_counted(state: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("state", "side", "compute"),
+    [(1, 16, torch.float32), (3, 16, torch.float32), (1, 16, torch.bfloat16), (1, 3, torch.bfloat16)],
+    ids=str,
+)
+def test_the_scans_own_scratch_is_counted(
+    state: int, side: int, compute: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What the backward's code allocates between its kernels, which no tracker sees inside an operation."""
     monkeypatch.setattr(tiles, "generation", lambda device: "sm_00")
     for name in fused.KERNELS:
         monkeypatch.setattr(fused, name, _Unlaunched())
     variant = get_variant("vmamba_nano", d_state=state, depths=(1, 1, 1, 1))
-    batch, side, dim, rank = 16, 16, 128, 8  # stage 1 of a 128 px image
+    batch, dim, rank = 16, 128, 8  # stage 1 of an image of eight times the side
     pitch = -(-(rank + 2 * state) // 8) * 8
-    x = torch.zeros(batch, side, side, dim)
+    x = torch.zeros(batch, side, side, dim, dtype=compute)
     inputs = (
         x,
-        torch.zeros(batch, side, side, 4 * pitch),
+        torch.zeros(batch, side, side, 4 * pitch, dtype=compute),
         torch.zeros(4, dim, rank),
         torch.zeros(4, dim),
         -torch.ones(4 * dim, state),
@@ -320,7 +327,7 @@ def test_the_scans_own_scratch_is_counted(state: int, monkeypatch: pytest.Monkey
     with tracker:
         grads = fused.backward(torch.zeros_like(x), saved, *inputs, "cross2d")
     seen = next(iter(tracker.get_tracker_snapshot("peak").values()))["Total"]
-    made = parts(variant, 128, batch, compute=4, classes=CLASSES, generation="sm_00")
+    made = parts(variant, 8 * side, batch, compute=x.itemsize, classes=CLASSES, generation="sm_00")
     row = next(row for part in made if part.is_block for row in part.rows if row.scanned == x.numel() * state)
     assert saved.nbytes == row.states
     assert row.hidden == pytest.approx(seen - sum(g.nbytes for g in grads[:2]), rel=0.15)
@@ -336,11 +343,11 @@ def test_scans_are_cut_as_the_kernels_cut_them() -> None:
     ]
     shapes += [key[1:] for key in pinned_plans()]
     assert len(shapes) > 80
-    for generation in {"sm_80", "sm_90", *(key.generation for key in pinned_plans())}:
+    for named_for in {"sm_80", "sm_90", *(key.generation for key in pinned_plans())}:
         for channels, length, state, element in shapes:
-            named = pinned_plans().get(Key(generation, channels, length, state, element))
+            named = pinned_plans().get(Key(named_for, channels, length, state, element))
             real = named or default_plan(length, element)
-            found = cut(generation, channels, length, state, element)
+            found = cut(named_for, channels, length, state, element)
             assert found == (real.span, real.steps, real.gradients)
 
 

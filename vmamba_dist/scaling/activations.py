@@ -25,6 +25,7 @@ FLOAT32 = 4  # bytes
 K = 4
 LINES = 64  # steps a chunk of the plain scan, which the cascade pattern uses
 ROWS = 16  # segments that a program of the fused scan walks at once
+FEW_TOKENS = 16  # of a shorter image its backward adds the projection's gradient in float32
 
 
 @dataclass(frozen=True)
@@ -322,7 +323,7 @@ class _Block:
         blocks, groups = -(-d // how.channels), -(-segments // ROWS)
         starts = FLOAT32 * K * segments * (n + 1) * d
         projected = K * pitch * self.tokens
-        wide = n > 1 or self.height * self.width < ROWS  # as partial_is_wide has it
+        wide = n > 1 or self.height * self.width < FEW_TOKENS  # as partial_is_wide has it
         partial = (FLOAT32 if wide else self.compute) * blocks * projected
         parameters = FLOAT32 * groups * d * (K * (r + 1 + n) + 1)
         return starts + FLOAT32 * d * self.tokens + partial + parameters

@@ -234,9 +234,9 @@ def _deepspeed(job: Job, size: float, average: float, accumulating: bool) -> Sta
         host = {name: state.pop(name) for name in (list(state) if stage == 3 else optimizer)}
         host["copies for the device"] = share
     whole = stage == 1 and accumulating  # a rank sums whole gradients until they are reduced
-    return Standing(
-        state | buffers, host, WeightBytes(_cast(job), job.compute, FLOAT32 if whole else 0.0, whole)
-    )
+    flat = share if stage < 3 and not parallel.cpu_offload else 0.0  # the update's copy of the parts
+    weights = WeightBytes(_cast(job), job.compute, FLOAT32 if whole else 0.0, whole)
+    return Standing(state | buffers, host, weights, flat)
 
 
 def _cast(job: Job) -> int:

@@ -10,14 +10,13 @@ counts what the plain one does. A compiled model needs none of them: inductor fu
 """
 
 import importlib.util
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from vmamba_kernels.backend import backend_for, interpreted
+from vmamba_kernels.backend import backend_for, generation, interpreted
 from vmamba_kernels.launch import custom_op, launch
 
 if importlib.util.find_spec("triton") is not None:
@@ -340,7 +339,7 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     x, weight, bias = _lines(x, weight, bias)
     (rows, inner), columns = x.shape, weight.shape[0]
     y = x.new_empty((rows, columns))
-    cut = _product(inner, _is_hopper(x.device))
+    cut = _product(inner, generation(x.device))
     with torch.cuda.device_of(x):
         launch(
             rows_linear_gelu,
@@ -366,19 +365,14 @@ def _(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return x.new_empty((x.shape[0], weight.shape[0]))
 
 
-@cache
-def _is_hopper(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
-
-
-def _product(inner: int, hopper: bool) -> Product:
+def _product(inner: int, built_for: str) -> Product:
     """How a product over `inner` (K) is cut, of any number of rows and columns: a batch changes no image's bits.
 
     Measured on an H200 (docs/kernels.md). Several programs fit on a multiprocessor, so that one's GELU hides behind
     another's product: by its instructions it is as long as a product over K = 240. On other GPUs, where nothing was
     measured, a program may have less than half of Hopper's shared memory.
     """
-    if not hopper:
+    if built_for != "sm_90":
         return Product(128, 128, 32, 8, 8, 3)
     if inner <= 128:
         return Product(128, 64, 32, 8, 4, 3)

@@ -39,8 +39,8 @@ def _all() -> Iterator[Configuration]:
         summed = {"RESIDUAL": True, "BRANCH": True, "KEEP": True}
         yield _one("out_norm", rows_norm_backward, channels, "bf16", walk | plain, warps)
         yield _one("add_norm", rows_norm_backward, channels, "fp32", walk | summed, warps)
-        for hopper in (False, True):
-            yield _one_product(channels, 4 * channels, hopper)
+        for generation in ("sm_80", "sm_90"):
+            yield _one_product(channels, 4 * channels, generation)
     cut = {"C": 384, "COLUMNS": COLUMNS, "ROWS": TILE // COLUMNS, "PROGRAMS": PROGRAMS}
     yield _one("branch", rows_scale, 384, "fp32", cut | {"KEEP": True}, 4)
     yield _one("hidden", rows_gelu_backward, 384, "bf16", cut, 4)
@@ -53,11 +53,11 @@ def _one(
     return f"{kernel.__name__} {case} C{channels}", kernel, types, constants, {"num_warps": warps}
 
 
-def _one_product(inner: int, columns: int, hopper: bool) -> Configuration:
-    constants = _product_constants(inner, columns, _product(inner, hopper), fast=True)
+def _one_product(inner: int, columns: int, generation: str) -> Configuration:
+    constants = _product_constants(inner, columns, _product(inner, generation), fast=True)
     options = {name: constants.pop(name) for name in ("num_warps", "num_stages")}
     types = dict.fromkeys(("p_x", "p_w", "p_b", "p_y"), "*bf16") | {"M": "i32"}
-    return f"rows_linear_gelu sm_{90 if hopper else 80} C{inner}", rows_linear_gelu, types, constants, options
+    return f"rows_linear_gelu {generation} C{inner}", rows_linear_gelu, types, constants, options
 
 
 def _type(name: str, stream: str) -> str:

@@ -29,6 +29,7 @@ KERNELS = (
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 _CARRY_CHANNELS = 64
 _SUM_TILE = 1024
+_FEW_TOKENS = 16  # fewer are summed in float32
 
 
 def _power_of_two(n: int) -> int:
@@ -49,7 +50,7 @@ def partial_is_wide(state: int, length: int) -> bool:
     One addition a state would round 16-bit numbers again and again. Of a few tokens they cost nothing in float32, and
     no mean over many hides what rounding does to one.
     """
-    return state > 1 or length < ROWS
+    return state > 1 or length < _FEW_TOKENS
 
 
 def carry_options(channels: int, segments: int) -> dict[str, int]:

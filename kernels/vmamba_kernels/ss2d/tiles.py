@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from vmamba_kernels.backend import generation
 from vmamba_kernels.ss2d.order import scan_order
 
 ROWS = 16
@@ -71,15 +72,6 @@ def write_plans(plans: dict[Key, Plan]) -> None:
     entries = [json.dumps(key._asdict() | {"plan": asdict(plan)}) for key, plan in sorted(plans.items())]
     TABLE.write_text("[\n  " + ",\n  ".join(entries) + "\n]\n")
     pinned_plans.cache_clear()
-
-
-@lru_cache(maxsize=64)
-def generation(device: torch.device) -> str:
-    """Return the device generation that a row of the table names: sm_90; or cpu, where kernels are interpreted."""
-    if device.type != "cuda":
-        return device.type
-    major, minor = torch.cuda.get_device_capability(device)
-    return f"sm_{major}{minor}"
 
 
 def default_plan(length: int, itemsize: int) -> Plan:
