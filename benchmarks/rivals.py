@@ -13,15 +13,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 from unittest.mock import patch
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import vmamba_dist.models.ss2d
 import vmamba_dist.models.vmamba
-from vmamba_kernels import selective_scan, ss2d_scan
+from vmamba_dist.models import fused as core
+from vmamba_kernels import selective_scan
+from vmamba_kernels.backend import backend_for
 from vmamba_kernels.testing import ImageShape
 
 K = 4
@@ -62,18 +64,35 @@ class Weights:
         return [self.x_proj, self.dt, self.dt_bias, self.a_log, self.skip]
 
 
-def fused(x_BHWC: Tensor, w: Weights, backend: str) -> Tensor:
-    """Run the span as SS2D does: one projection of the tokens as they lie, one scan → (B, H, W, C).
+class _Core(torch.autograd.Function):
+    """The span as a block of the model runs it on a GPU, in its one autograd node (vmamba_dist/models/fused.py)."""
 
-    Each direction's rows of the projection begin at a multiple of 8, as SS2D pads them.
-    """
-    width = w.x_proj.shape[0] // K
-    aligned = F.pad(w.x_proj.view(K, width, -1), (0, 0, 0, -width % 8)).flatten(0, 1)
-    projected = F.linear(x_BHWC, aligned)
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, plan: core.Plan, *weights: Tensor) -> Tensor:
+        cast = [torch.empty_like(t, dtype=x.dtype) for t in weights[:2]]
+        torch._foreach_copy_(cast, weights[:2])
+        w = core.Core(*cast, *weights[2:])
+        y, projected, states = core.core(x, plan, w, save=True)
+        ctx.plan = plan
+        ctx.save_for_backward(x, projected, states, *w)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, projected, states, *w = ctx.saved_tensors
+        dx, found = core.core_backward(dy, x, projected, states, ctx.plan, core.Core(*w))
+        wide = [torch.empty_like(t, dtype=torch.float32) for t in found[:2]]
+        torch._foreach_copy_(wide, found[:2])
+        return dx, None, *wide, *found[2:]
+
+
+def fused(x_BHWC: Tensor, w: Weights, backend: str) -> Tensor:
+    """Run the span as the model's blocks do: one projection of the tokens as they lie, one scan → (B, H, W, C)."""
+    rank, state = w.dt.shape[2], w.a_log.shape[1]
+    plan = core.Plan(0.0, rank, state, "cross2d", backend_for(backend, x_BHWC))
     with torch.autocast(x_BHWC.device.type, enabled=False):
-        return ss2d_scan(
-            x_BHWC, projected, w.dt.to(x_BHWC.dtype), w.dt_bias, -torch.exp(w.a_log), w.skip, backend=backend
-        )
+        y: Tensor = _Core.apply(x_BHWC, plan, w.x_proj, w.dt, w.dt_bias, w.a_log, w.skip)
+    return y
 
 
 def materialised(x_BHWC: Tensor, w: Weights, backend: str, wide: bool = False) -> Tensor:

@@ -43,11 +43,11 @@ SPANS = (7, 14, 16, 28, 32, 40, 48, 52, 56, 64, 84, 112)
 STEPS = (1, 2, 4)
 MOST_PADDING = 0.15  # of a sequence's steps
 MOST_SEGMENTS = 128  # of a sequence: beyond it more of them bring no parallelism that is missing
-STAGES = (3, 5)
+STAGES = (3, 5, 7)
 # Channels, warps and most registers (0: no cap) of each kernel; a plan takes one of each column.
 ENDS = ((32, 1), (16, 1), (64, 2))
 OUTPUT = ((32, 1, 0), (32, 1, 168), (32, 1, 128), (16, 1, 0), (16, 1, 96))
-GRADIENTS = ((16, 1, 0), (16, 1, 200), (16, 1, 168), (16, 1, 152), (16, 1, 128))
+GRADIENTS = ((16, 1, 0), (32, 1, 0), (16, 1, 168))
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 TOLERANCE = {"bf16": 4e-3, "fp32": 3e-6}  # relative RMS
 CANCELLATION = 10  # how much more a parameter's gradient may err: a sum over every token that mostly cancels
@@ -105,18 +105,20 @@ def candidates(length: int, spans: Sequence[int], steps: Sequence[int], quick: b
     if quick:  # no masks where a span divides the length
         fitting = [n for n in fitting if length % n == 0] or fitting
     return [
-        _plan(span, few, stages, *blocks)
+        _plan(span, few, walked, stages, *blocks)
         for span in fitting
         for few in steps
+        for walked in steps
         for stages in STAGES
         for blocks in zip_longest(ENDS, OUTPUT, GRADIENTS)
-        if span % few == 0
+        if span % walked == 0 and walked % few == 0
     ]
 
 
 def _plan(
     span: int,
     steps: int,
+    walked: int,
     stages: int,
     ends: tuple[int, int] | None,
     output: tuple[int, int, int] | None,
@@ -124,7 +126,7 @@ def _plan(
 ) -> Plan:
     (a, a_warps), (b, b_warps, b_cap) = ends or ENDS[0], output or OUTPUT[0]
     c, c_warps, c_cap = gradients or GRADIENTS[0]
-    return Plan(span, steps, a, b, c, a_warps, b_warps, c_warps, stages, stages, stages, b_cap, c_cap)
+    return Plan(span, steps, a, b, c, a_warps, b_warps, c_warps, stages, stages, stages, b_cap, c_cap, walked)
 
 
 def run(inputs: dict[str, Tensor], plan: Plan) -> dict[str, Tensor]:
@@ -193,9 +195,9 @@ def fault(inputs: dict[str, Tensor], truth: dict[str, Tensor], plan: Plan, dtype
 
 def choose(measured: dict[Plan, dict[str, float]]) -> tuple[Plan, float]:
     """Return the plan whose kernels together take the least, and its ms."""
-    groups: dict[tuple[int, int], list[Plan]] = defaultdict(list)
+    groups: dict[tuple[int, int, int], list[Plan]] = defaultdict(list)
     for plan in measured:
-        groups[plan.span, plan.steps].append(plan)
+        groups[plan.span, plan.steps, plan.walked].append(plan)
 
     def ends(plan: Plan) -> float:
         return measured[plan]["ss2d_ends"] + measured[plan]["ss2d_adjoint_ends"]
@@ -236,7 +238,7 @@ def tune(problem: Problem, plans: list[Plan], gpu: Gpu, batch: int, samples: int
     measured: dict[Plan, dict[str, float]] = {}
     for plan in dict.fromkeys((default, *plans)):
         label = (
-            f"  span {plan.span:3} steps {plan.steps} stages {plan.ends_stages} channels x warps "
+            f"  span {plan.span:3} steps {plan.steps}, {plan.walked} stages {plan.ends_stages} channels x warps "
             f"{plan.ends}x{plan.ends_warps} {plan.output}x{plan.output_warps}/{plan.output_registers} "
             f"{plan.gradients}x{plan.gradients_warps}/{plan.gradients_registers}"
         )

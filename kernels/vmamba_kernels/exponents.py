@@ -46,15 +46,34 @@ def reciprocal(x, FAST: tl.constexpr):
 
 @triton.jit
 def widen(x, FAST: tl.constexpr):
-    """x in float32; two bfloat16 of one register by one instruction each, where Triton takes three."""
+    """x in float32; a bfloat16 by one instruction, whichever half of a register it is, where Triton takes three."""
     if FAST and x.dtype == tl.bfloat16:
         return tl.inline_asm_elementwise(
-            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;",
-            "=r,=r,r",
+            "{ .reg .b16 zero; mov.b16 zero, 0; mov.b32 $0, {zero, $1}; }",
+            "=r,h",
             [x],
             dtype=tl.float32,
             is_pure=True,
-            pack=2,
+            pack=1,
         )
     else:
         return x.to(tl.float32)
+
+
+@triton.jit
+def narrow(x, dtype: tl.constexpr, FAST: tl.constexpr):
+    """x, float32, rounded to a type of 16 bits.
+
+    Not is_pure, so that Triton looks no further: where a product's operand was put together by tl.join before this,
+    it would take the operand for one unpacked from half the bits, and ask for a layout that costs shuffles.
+    """
+    if FAST and dtype == tl.bfloat16:
+        return tl.inline_asm_elementwise(
+            "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,r,r", [x], dtype=tl.bfloat16, is_pure=False, pack=2
+        )
+    elif FAST and dtype == tl.float16:
+        return tl.inline_asm_elementwise(
+            "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,r,r", [x], dtype=tl.float16, is_pure=False, pack=2
+        )
+    else:
+        return x.to(dtype)

@@ -40,18 +40,16 @@ TARGETS = (80, 90)
 # A configuration's name begins with -> the bytes of stack a thread may use, and why. The longest match counts.
 REGISTER_BOUND = "register-bound: see docs/kernels.md"
 ALLOWED_SPILLS: dict[str, tuple[int, str]] = {
-    "ss2d_gradients bf16 C96 ": (32, REGISTER_BOUND),
-    "ss2d_gradients bf16 C192 R12 N1 ": (32, REGISTER_BOUND),
-    "ss2d_gradients bf16 C384 ": (8, f"with Triton 3.6 alone; {REGISTER_BOUND}"),
-    "ss2d_gradients bf16 C768 ": (128, REGISTER_BOUND),
-    "ss2d_gradients bf16 C192 R6 N16 ": (664, REGISTER_BOUND),
-    "ss2d_gradients fp32 C96 ": (472, REGISTER_BOUND),
-    "ss2d_output bf16 C96 ": (16, "with Triton 3.6 alone: ptxas stops at 168 registers in inference"),
-    "ss2d_output bf16 C192 R12 ": (8, "with Triton 3.8 alone: ptxas stops at 168 registers in inference"),
-    "ss2d_output bf16 C192 R6 N16 ": (64, REGISTER_BOUND),
-    "ss2d_output bf16 C384 ": (8, "with Triton 3.8 alone: ptxas stops at 168 registers in inference"),
-    "ss2d_output bf16 C768 ": (16, "with Triton 3.6 alone: capped at 168 registers, .073 ms against .083"),
-    "ss2d_ends bf16 C192 R6 N16 ": (16, "ptxas stops at 168 registers"),
+    "ss2d_gradients bf16 C96 ": (64, REGISTER_BOUND),
+    "ss2d_gradients bf16 C192 R12 N1 ": (88, REGISTER_BOUND),
+    "ss2d_gradients bf16 C384 ": (208, REGISTER_BOUND),
+    "ss2d_gradients bf16 C768 ": (256, REGISTER_BOUND),
+    "ss2d_gradients bf16 C192 R6 N16 ": (1072, f"untimed since it was 664; {REGISTER_BOUND}"),
+    "ss2d_gradients fp32 C96 ": (504, REGISTER_BOUND),
+    "ss2d_output bf16 C192 R12 ": (16, "ptxas stops at 168 registers in inference"),
+    "ss2d_output bf16 C192 R6 N16 ": (296, f"untimed since it was 64; {REGISTER_BOUND}"),
+    "ss2d_output bf16 C384 ": (16, "ptxas stops at 168 registers in inference"),
+    "ss2d_output bf16 C768 ": (8, "with Triton 3.8 alone: ptxas stops at 168 registers in inference"),
 }
 
 
@@ -207,19 +205,19 @@ def test_what_a_launch_passes_is_pinned(channels, rank, length, monkeypatch):
     monkeypatch.setattr(fused, "interpreted", lambda: False)
     monkeypatch.setattr(tiles, "pinned_plans", dict)
     side = round(length**0.5)
-    inputs = ImageShape(1, side, side, channels, rank).inputs()
+    inputs = ImageShape(4, side, side, channels, rank).inputs()
     x, dy = inputs["x"].bfloat16(), inputs["dy"].bfloat16()
     projected = torch.nn.functional.pad(
         inputs["projected"].bfloat16().unflatten(-1, (4, -1)), (0, -(rank + 2) % 8)
     ).flatten(-2)
-    others = [inputs[name].float() for name in ("dt_weight", "dt_bias", "A", "D")]
+    others = [inputs["dt_weight"].bfloat16(), *(inputs[name].float() for name in ("dt_bias", "A", "D"))]
     for save in (True, False):
         y, saved = fused.forward(x, projected, *others, "cross2d", save)
         assert y.shape == x.shape
         if save:
             fused.backward(dy, saved, x, projected, *others, "cross2d")
     listed = [(c[1].__name__, *c[2:]) for c in pinned.pinned()]
-    assert len(launched) == 2 * 4 + 5
+    assert len(launched) == 2 * 4 + 6
     for launch in launched:
         assert launch in listed, launch
 

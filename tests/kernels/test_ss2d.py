@@ -214,6 +214,9 @@ def test_triton_asks_for_a_gpu_or_the_interpreter(monkeypatch):
 ON_TRITON = partial(ss2d_scan, backend="triton")
 SMALL = Plan(span=4, steps=2, ends=16, output=16, gradients=16)
 LINKED = Plan(span=2, steps=1, ends=16, output=16, gradients=16)
+WIDE = Plan(
+    span=4, steps=1, walked=2, ends=32, output=32, gradients=32
+)  # as on a GPU: two parts, 16 bytes a thread
 CUT = ImageShape(2, 3, 5, 20, 3)  # 4 segments of 4 steps, the last of 3; 2 blocks of channels, the last of 4
 MINI = ImageShape(2, 3, 4, 6, 2)  # 3 segments of 4 steps
 
@@ -262,6 +265,8 @@ KERNEL_CASES = [
     (CUT, "unidi", SMALL),
     (CUT, "bidi", SMALL),
     (CUT, "cross2d", Plan(span=8, steps=4, ends=32, output=16, gradients=16)),
+    (ImageShape(2, 3, 5, 36, 3), "cross2d", WIDE),
+    (ImageShape(1, 3, 5, 36, 3, 2), "bidi", Plan(span=8, steps=2, walked=4, gradients=32)),
     (ImageShape(5, 3, 5, 7, 2), "unidi", Plan(span=4, steps=4, ends=16, output=32, gradients=16)),  # 20 rows
     (ImageShape(1, 3, 5, 20, 2), "bidi", Plan(span=3, steps=1, ends=16, output=16, gradients=32)),
     (ImageShape(2, 3, 5, 20, 2), "cross2d", Plan(span=15, steps=1)),  # one segment, exactly filled
@@ -351,19 +356,47 @@ def test_steps_of_any_length_are_finite(dtype, cut):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "shape"),
+    ("dtype", "shape", "plan"),
     [
-        (torch.bfloat16, CUT),
-        (torch.bfloat16, ImageShape(1, 3, 5, 9, 4, 2)),
-        (torch.float16, ImageShape(2, 3, 5, 9, 4)),
+        (torch.bfloat16, CUT, SMALL),
+        (torch.bfloat16, ImageShape(1, 3, 5, 9, 4, 2), SMALL),
+        (torch.float16, ImageShape(2, 3, 5, 9, 4), SMALL),
+        # Columns in channel_order: whole blocks and rows; blocks and rows in part; a float32 sum; two states.
+        (torch.bfloat16, ImageShape(4, 4, 4, 64, 3), WIDE),
+        (torch.bfloat16, ImageShape(1, 3, 5, 40, 3), WIDE),
+        (torch.float16, ImageShape(1, 3, 5, 40, 3), WIDE),
+        (torch.bfloat16, ImageShape(1, 3, 4, 40, 3, 2), Plan(span=4, steps=2, gradients=32)),
     ],
     ids=str,
 )
-def test_triton_in_half_precision_errs_by_its_rounding(dtype, shape, cut):
+def test_triton_in_half_precision_errs_by_its_rounding(dtype, shape, plan, cut):
     """The interpreter cuts bits off where a GPU rounds to bfloat16: an error of half a unit, always towards zero."""
-    cut(SMALL)
+    cut(plan)
     tolerance = 8e-3 if dtype == torch.bfloat16 and not GPU else TOLERANCE[dtype]
     assert above(errors(tensors(shape, dtype)), tolerance) == {}
+
+
+@pytest.mark.parametrize("shape", [CUT, ImageShape(2, 1, 1, 8, 1)], ids=str)
+def test_a_sum_of_four_directions_without_a_skip_errs_by_four_roundings(shape, cut):
+    """With one, what is rounded between walks is a small part. The interpreter cuts off, four times the same way."""
+    cut(SMALL)
+    inputs = tensors(shape, torch.bfloat16)
+    inputs["D"].zero_()
+    found = errors(inputs)
+    assert above({n: found[n] for n in ("y", "x")}, TOLERANCE[torch.bfloat16] if GPU else 1.6e-2) == {}
+
+
+def test_every_group_of_rows_is_in_the_parameters_gradients():
+    """More groups than are added at once, the last of them in part; dD to each direction."""
+    groups, channels, rank, state = 70, 12, 3, 2
+    sizes = [4 * channels * rank, 4 * channels, 4 * channels * state, channels]
+    parameters = torch.arange(groups * sum(sizes), dtype=torch.float32, device=DEVICE).view(groups, -1) % 61
+    found = [torch.full((n,), torch.nan, device=DEVICE) for n in (*sizes[:3], 4 * channels)]
+    grid = (-(-sum(sizes) // fused.PARAMETER_TILE["TILE"]),)
+    constants = {"C": channels, "R": rank, "N": state, **fused.PARAMETER_TILE}
+    fused.ss2d_parameter_sum[grid](parameters, *found, groups, **constants)
+    *expected, skip = parameters.sum(0).split(sizes)
+    assert all(map(torch.equal, found, [*expected, skip.repeat(4)]))
 
 
 def test_a_state_beyond_float16_is_kept(cut):

@@ -225,7 +225,7 @@ def _tiny_at_128(policy: Policy) -> float:
 
 def test_memory_of_tiny_is_what_an_h200_allocated() -> None:
     """benchmarks/results/memory_eager_gpu.md, "fused"."""
-    assert _tiny_at_128("off") == pytest.approx(5757, rel=0.02)
+    assert _tiny_at_128("off") == pytest.approx(5902, rel=0.02)
     assert _tiny_at_128("block") == pytest.approx(2334, rel=0.02)
 
 
@@ -323,9 +323,10 @@ def test_the_scans_own_scratch_is_counted(
         torch.zeros(4 * dim),
     )
     _, saved = fused.forward(*inputs, "cross2d", True)
+    came = torch.zeros_like(x)
     tracker = MemTracker()
     with tracker:
-        grads = fused.backward(torch.zeros_like(x), saved, *inputs, "cross2d")
+        grads = fused.backward(came, saved, *inputs, "cross2d")
     seen = next(iter(tracker.get_tracker_snapshot("peak").values()))["Total"]
     made = parts(variant, 8 * side, batch, compute=x.itemsize, classes=CLASSES, generation="sm_00")
     row = next(row for part in made if part.is_block for row in part.rows if row.scanned == x.numel() * state)
@@ -346,7 +347,7 @@ def test_scans_are_cut_as_the_kernels_cut_them() -> None:
     for named_for in {"sm_80", "sm_90", *(key.generation for key in pinned_plans())}:
         for channels, length, state, element in shapes:
             named = pinned_plans().get(Key(named_for, channels, length, state, element))
-            real = named or default_plan(length, element)
+            real = named or default_plan(channels, length, state, element)
             found = cut(named_for, channels, length, state, element)
             assert found == (real.span, real.steps, real.gradients)
 

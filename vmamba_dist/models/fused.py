@@ -194,10 +194,48 @@ def _padded_x_proj(x_proj: Tensor, plan: Plan) -> Tensor:
     return F.pad(x_proj.view(K, width, -1), (0, 0, 0, -width % 8)).flatten(0, 1)
 
 
-def _scan_inputs(plan: Plan, w: Weights, channels: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+class Core(NamedTuple):
+    """The parameters between the convolution and out_norm, x_proj and dt_proj in the compute's precision."""
+
+    x_proj: Tensor
+    dt_proj: Tensor
+    dt_bias: Tensor
+    a_logs: Tensor
+    ds: Tensor
+
+
+def _core_of(w: Weights) -> Core:
+    return Core(w.x_proj, w.dt_proj, w.dt_bias, w.a_logs, w.ds)
+
+
+def _scan_inputs(plan: Plan, w: Core, channels: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The scan's weights: of the time steps (K, D, R) and their bias (K, D), A (K*D, N) and D (K*D)."""
     dt = w.dt_proj.view(K, channels, plan.rank)
     return dt, w.dt_bias.view(K, channels), -torch.exp(w.a_logs), w.ds
+
+
+def core(u: Tensor, plan: Plan, w: Core, *, save: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Project and scan u (B, H, W, D): y, the projection (B, H, W, K*P), and the states where `save` asks for them."""
+    projected = F.linear(u, _padded_x_proj(w.x_proj, plan))
+    inputs = _scan_inputs(plan, w, u.shape[-1])
+    y, states = _ops(u).scan(u, projected, *inputs, plan.pattern, plan.backend, save)
+    return y, projected, states
+
+
+def core_backward(
+    d_y: Tensor, u: Tensor, projected: Tensor, states: Tensor, plan: Plan, w: Core
+) -> tuple[Tensor, Core]:
+    """Return the gradient of u, and those of the parameters, each in its precision."""
+    channels = u.shape[-1]
+    dt, dt_bias, a, skip = _scan_inputs(plan, w, channels)
+    d_u, d_projected, d_dt, d_dt_bias, d_a, d_skip = _ops(u).scan_backward(
+        d_y, states, u, projected, dt, dt_bias, a, skip, plan.pattern, plan.backend
+    )
+    d_projected = d_projected.flatten(0, 2)
+    d_u = torch.addmm(d_u.view(-1, channels), d_projected, _padded_x_proj(w.x_proj, plan)).view(u.shape)
+    d_x_proj = torch.mm(d_projected.t(), u.view(-1, channels)).view(K, -1, channels)
+    d_x_proj = d_x_proj[:, : plan.rank + 2 * plan.state].reshape(w.x_proj.shape)
+    return d_u, Core(d_x_proj, d_dt.view(w.dt_proj.shape), d_dt_bias.view(w.dt_bias.shape), d_a * a, d_skip)
 
 
 def _forward(
@@ -213,8 +251,7 @@ def _forward(
     after = _convolve(before, w)
     u = F.silu(after)
     channels = u.shape[-1]
-    projected = F.linear(u, _padded_x_proj(w.x_proj, plan))
-    y, states = ops.scan(u, projected, *_scan_inputs(plan, w, channels), plan.pattern, plan.backend, save)
+    y, projected, states = core(u, plan, _core_of(w), save=save)
     del u
     y = y.view(-1, channels)
     normed, y_stats = ops.norm(y, w.out_norm_weight, w.out_norm_bias, plan.eps, dtype)
@@ -327,16 +364,8 @@ def _backward(
     d_out_proj = torch.mm(d_branch.t(), normed)
     del d_branch, normed, y
     u = F.silu(after_conv)
-    dt, dt_bias, a, skip = _scan_inputs(plan, w, channels)
-    d_u, d_projected, d_dt, d_dt_bias, d_a, d_skip = ops.scan_backward(
-        d_y.view(u.shape), states, u, projected, dt, dt_bias, a, skip, plan.pattern, plan.backend
-    )
-    del d_y, states, projected
-    d_projected = d_projected.flatten(0, 2)
-    d_u = torch.addmm(d_u.view(-1, channels), d_projected, _padded_x_proj(w.x_proj, plan)).view(u.shape)
-    d_x_proj = torch.mm(d_projected.t(), u.view(-1, channels)).view(K, -1, channels)
-    d_x_proj = d_x_proj[:, : plan.rank + 2 * plan.state].reshape(w.x_proj.shape)
-    del u, d_projected
+    d_u, d_core = core_backward(d_y.view(u.shape), u, projected, states, plan, _core_of(w))
+    del d_y, states, projected, u
     d_after = torch.ops.aten.silu_backward(d_u, after_conv)
     del d_u, after_conv
     d_before, d_conv, d_conv_bias = torch.ops.aten.convolution_backward(
@@ -352,9 +381,9 @@ def _backward(
     )
     d_in_proj = torch.mm(d_before.t(), normed)
     gradients = Weights(
-        d_norm[0], d_norm[1], d_a * a, d_skip, d_dt_bias.view(w.dt_bias.shape),
+        d_norm[0], d_norm[1], d_core.a_logs, d_core.ds, d_core.dt_bias,
         d_out_norm[0], d_out_norm[1], d_norm2[0], d_norm2[1],
-        d_in_proj, d_x_proj, d_dt.view(w.dt_proj.shape), d_out_proj,
+        d_in_proj, d_core.x_proj, d_core.dt_proj, d_out_proj,
         d_fc1, d_fc1_bias, d_fc2, d_fc2_bias, d_conv, d_conv_bias if w.conv_bias is not None else None,
     )  # fmt: skip
     return d_x, gradients

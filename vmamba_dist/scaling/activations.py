@@ -318,15 +318,17 @@ class _Block:
         )
 
     def _scan_scratch(self, how: Cut, segments: int, pitch: int) -> int:
-        """The backward's starts of segments, sum of dx and partial sums (vmamba_kernels/ss2d/fused.py)."""
+        """The backward's starts of segments, float32 sum of dx and partial sums (vmamba_kernels/ss2d/fused.py)."""
         d, n, r = self.inner, self.variant.d_state, dt_rank(self.dim)
         blocks, groups = -(-d // how.channels), -(-segments // ROWS)
-        starts = FLOAT32 * K * segments * (n + 1) * d
+        starts = FLOAT32 * K * segments * n * d
         projected = K * pitch * self.tokens
         wide = n > 1 or self.height * self.width < FEW_TOKENS  # as partial_is_wide has it
         partial = (FLOAT32 if wide else self.compute) * blocks * projected
         parameters = FLOAT32 * groups * d * (K * (r + 1 + n) + 1)
-        return starts + FLOAT32 * d * self.tokens + partial + parameters
+        total = FLOAT32 * d * self.tokens if self.compute != FLOAT32 and n > 1 else 0  # as sum_is_wide has it
+        # Ends, decays and starts are there together before the sums are.
+        return max(3 * starts, starts + total + partial + parameters)
 
     def _cascade(self) -> Iterator[Row]:
         """Every row of the image as a sequence, then every column: two plain scans of two directions each."""

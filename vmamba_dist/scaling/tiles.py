@@ -24,14 +24,15 @@ class Cut(NamedTuple):
 def cut(generation: str, channels: int, length: int, state: int, element: int) -> Cut:
     """Return the cut of a scan over `length` tokens, for a device generation (sm_90) and bytes an element."""
     named = _table().get((generation, channels, length, state, element))
-    return _default(length) if named is None else named
+    return _default(channels, length, state, element) if named is None else named
 
 
-def _default(length: int) -> Cut:
+def _default(channels: int, length: int, state: int, element: int) -> Cut:
     wanted = 28 if length >= 56 * 28 else 14 if length >= 7 * 14 else 7
     steps = 2 if length >= 392 else 1
     fitting = [n for n in range(wanted // 2, 2 * wanted + 1) if length % n == 0 and n % steps == 0]
-    return Cut(min(fitting, key=lambda n: abs(n - wanted), default=wanted), steps, 16)
+    wide = steps == 1 and state == 1 and element == 2 and channels <= 512
+    return Cut(min(fitting, key=lambda n: abs(n - wanted), default=wanted), steps, 32 if wide else 16)
 
 
 @cache

@@ -14,7 +14,12 @@ from torch import Tensor
 from vmamba_kernels.backend import interpreted
 from vmamba_kernels.launch import launch
 from vmamba_kernels.ss2d.tiles import ROWS, Plan, mirrored, plan_for, walk_table
-from vmamba_kernels.ss2d.triton_bwd import ss2d_adjoint_ends, ss2d_gradients, ss2d_projected_sum
+from vmamba_kernels.ss2d.triton_bwd import (
+    ss2d_adjoint_ends,
+    ss2d_gradients,
+    ss2d_parameter_sum,
+    ss2d_projected_sum,
+)
 from vmamba_kernels.ss2d.triton_fwd import ss2d_carry, ss2d_ends, ss2d_output
 
 # What is launched here, by its name.
@@ -25,10 +30,12 @@ KERNELS = (
     "ss2d_adjoint_ends",
     "ss2d_gradients",
     "ss2d_projected_sum",
+    "ss2d_parameter_sum",
 )
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 _CARRY_CHANNELS = 64
 _SUM_TILE = 1024
+PARAMETER_TILE = {"AT_ONCE": 32, "TILE": 32, "num_warps": 4}
 _FEW_TOKENS = 16  # fewer are summed in float32
 
 
@@ -51,6 +58,15 @@ def partial_is_wide(state: int, length: int) -> bool:
     no mean over many hides what rounding does to one.
     """
     return state > 1 or length < _FEW_TOKENS
+
+
+def sum_is_wide(dtype: torch.dtype, state: int) -> bool:
+    """Whether y and dx, which four walks add up, have a float32 sum beside them while they do.
+
+    bfloat16 has float32's range. It is rounded three times more then, each time what the scan adds to the skip, and
+    L2, which limits these kernels, carries a quarter less. Half of y may pass float16's range where y does not.
+    """
+    return dtype != torch.float32 and (dtype == torch.float16 or state > 1)
 
 
 def carry_options(channels: int, segments: int) -> dict[str, int]:
@@ -103,7 +119,7 @@ class _Problem:
         self.projected = projected.to(x.dtype).contiguous()
         self.weight = dt_weight.to(x.dtype).contiguous()
         self.bias, self.A = dt_bias.float().contiguous(), A.float().contiguous()
-        self.skip = D.float().view(4, self.channels).sum(0)
+        self.skip = D.float().contiguous()
         self.partial_dtype = torch.float32 if partial_is_wide(self.state, self.length) else x.dtype
         exact = x.dtype == torch.float32
         self.constants: dict[str, Any] = {
@@ -131,7 +147,6 @@ class _Problem:
         self.carry_constants = {
             "C": self.channels,
             "N": self.state,
-            "INTERPRET": interpreted(),
             **carry_options(self.channels, self.count),
         }
         self.inputs = (self.projected, self.weight, self.bias, self.A)
@@ -143,25 +158,29 @@ class _Problem:
     def new(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.x.device)
 
+    def sum_and_result(self) -> tuple[Tensor, Tensor]:
+        """Return where four walks add up a result like x, and the result: one tensor, or a float32 sum beside it."""
+        result = torch.empty_like(self.x)
+        return (self.new(*self.x.shape) if sum_is_wide(self.x.dtype, self.state) else result), result
+
     def starts(self, kernel: Any, walked: Tensor, reverse: bool) -> Tensor | None:
         """Walk every segment from zero and link them; None where a segment is a whole sequence and starts at zero."""
         if self.count == 1:
             return None
         plan = self.plan
-        ends, starts = (self.new(4, self.rows, self.state, self.channels) for _ in range(2))
-        sums = self.new(4, self.rows, self.channels)
+        ends, decays, starts = (self.new(4, self.rows, self.state, self.channels) for _ in range(3))
         blocks = -(-self.channels // self.carry_constants["CHANNELS"])
         with torch.cuda.device_of(self.x):
             launch(
                 kernel,
                 (self.grid(plan.ends), 4),
-                (walked, *self.inputs, self.order, ends, sums, *self.sizes),
-                {**self.constants, "CHANNELS": plan.ends, **options(plan, "ends")},
+                (walked, *self.inputs, self.order, ends, decays, *self.sizes),
+                {**self.constants, "STEPS": plan.walked, "CHANNELS": plan.ends, **options(plan, "ends")},
             )
             launch(
                 ss2d_carry,
                 (self.batch * blocks, 4, self.state),
-                (ends, sums, self.A, starts, self.count, self.rows),
+                (ends, decays, starts, self.count, self.rows),
                 {**self.carry_constants, "REVERSE": reverse},
             )
         return starts
@@ -183,7 +202,7 @@ def forward(
         return x.new_empty(x.shape), saved
     p = _Problem(x, projected, dt_weight, dt_bias, A, D, pattern)
     starts = p.starts(ss2d_ends, p.x, reverse=False)
-    total, y = p.new(*x.shape), p.new(*x.shape, dtype=x.dtype)
+    total, y = p.sum_and_result()
     for axis in range(2):
         with torch.cuda.device_of(x):
             begins = p.x if starts is None else starts
@@ -191,7 +210,8 @@ def forward(
                 ss2d_output,
                 (p.grid(p.plan.output),),
                 (p.x, *p.inputs, p.skip, p.order, begins, saved, total, y, *p.sizes, axis),
-                {**p.constants, "CHANNELS": p.plan.output, "CARRIED": starts is not None, "SAVE": save,
+                {**p.constants, "STEPS": p.plan.walked, "EVERY": p.plan.steps, "CHANNELS": p.plan.output,
+                 "CARRIED": starts is not None, "SAVE": save,
                  "FIRST": axis == 0, **options(p.plan, "output")},
             )  # fmt: skip
     return y, saved
@@ -217,11 +237,11 @@ def backward(
     g = grad_y.to(x.dtype).contiguous()
     starts = p.starts(ss2d_adjoint_ends, g, reverse=True)
     blocks = -(-p.channels // p.plan.gradients)
-    total, dx = p.new(*x.shape), p.new(*x.shape, dtype=x.dtype)
+    total, dx = p.sum_and_result()
     dp = p.new(blocks, *projected.shape, dtype=p.partial_dtype)
-    # One row of dt_weight's, dt_bias's, A's and D's a group: one sum instead of four small ones.
-    sizes = [dt_weight.numel(), dt_bias.numel(), A.numel(), p.channels]
-    parameters = p.new(p.groups, sum(sizes))
+    # One row of dt_weight's, dt_bias's, A's and D's a group.
+    width = dt_weight.numel() + dt_bias.numel() + A.numel() + p.channels
+    parameters = p.new(p.groups, width)
     for axis in range(2):
         with torch.cuda.device_of(x):
             begins = g if starts is None else starts
@@ -233,6 +253,9 @@ def backward(
                  "CARRIED": starts is not None, "FIRST": axis == 0, **options(p.plan, "gradients")},
             )  # fmt: skip
     d_projected = torch.empty_like(p.projected)
+    d_weight, d_bias, d_A, d_D = (
+        torch.empty_like(t, memory_format=torch.contiguous_format) for t in inputs[2:]
+    )
     with torch.cuda.device_of(x):
         launch(
             ss2d_projected_sum,
@@ -247,13 +270,10 @@ def backward(
                 "num_warps": 4,
             },
         )
-    d_weight, d_bias, d_A, d_D = parameters.sum(0).split(sizes)
-    return (
-        dx,
-        d_projected.to(projected.dtype),
-        # Copies: an operation's outputs must not share memory.
-        d_weight.view(dt_weight.shape).to(dt_weight.dtype, copy=True),
-        d_bias.view(dt_bias.shape).to(dt_bias.dtype, copy=True),
-        d_A.view(A.shape).to(A.dtype, copy=True),
-        d_D.repeat(4).to(D.dtype),
-    )
+        launch(
+            ss2d_parameter_sum,
+            (-(-width // PARAMETER_TILE["TILE"]),),
+            (parameters, d_weight, d_bias, d_A, d_D, p.groups),
+            {"C": p.channels, "R": p.rank, "N": p.state, **PARAMETER_TILE},
+        )
+    return dx, d_projected.to(projected.dtype), d_weight, d_bias, d_A, d_D

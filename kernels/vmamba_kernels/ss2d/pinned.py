@@ -8,18 +8,32 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+import torch
+
 from vmamba_kernels.ss2d import tiles
-from vmamba_kernels.ss2d.fused import _SUM_TILE, _power_of_two, carry_options, options
+from vmamba_kernels.ss2d.fused import (
+    _SUM_TILE,
+    PARAMETER_TILE,
+    _power_of_two,
+    carry_options,
+    options,
+    sum_is_wide,
+)
 from vmamba_kernels.ss2d.tiles import ROWS, Plan
-from vmamba_kernels.ss2d.triton_bwd import ss2d_adjoint_ends, ss2d_gradients, ss2d_projected_sum
+from vmamba_kernels.ss2d.triton_bwd import (
+    ss2d_adjoint_ends,
+    ss2d_gradients,
+    ss2d_parameter_sum,
+    ss2d_projected_sum,
+)
 from vmamba_kernels.ss2d.triton_fwd import ss2d_carry, ss2d_ends, ss2d_output
 
 Configuration = tuple[str, Any, dict[str, str], dict[str, Any], dict[str, int]]
 # Channels, dt rank and length of VMamba-T's stages at 224 pixels.
 STAGES = ((96, 6, 3136), (192, 12, 784), (384, 24, 196), (768, 48, 49))
-FLOAT32 = ("p_bias", "p_A", "p_D", "p_ends", "p_sums", "p_sum", "p_parameters")
+FLOAT32 = ("p_bias", "p_A", "p_D", "p_ends", "p_decays", "p_parameters", "p_dbias", "p_dA", "p_dD")
 PARTIAL = ("p_dp",)  # float32 where partial_is_wide says so; of no shape here is a sequence that short
-BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def pinned() -> list[Configuration]:
@@ -40,10 +54,12 @@ def pinned() -> list[Configuration]:
 
 def _all() -> Iterator[Configuration]:
     for channels, rank, length in STAGES:
-        yield from configurations("", channels, rank, length, 1, "bf16", tiles.default_plan(length, 2))
-    yield from configurations("", 96, 6, 3136, 1, "fp32", tiles.default_plan(3136, 4))
+        yield from configurations(
+            "", channels, rank, length, 1, "bf16", tiles.default_plan(channels, length, 1, 2)
+        )
+    yield from configurations("", 96, 6, 3136, 1, "fp32", tiles.default_plan(96, 3136, 1, 4))
     yield from _carries("C96 N1, 2048 segments", 96, 1, "bf16", 2048)
-    yield from configurations("", 192, 6, 3136, 16, "bf16", tiles.default_plan(3136, 2))
+    yield from configurations("", 192, 6, 3136, 16, "bf16", tiles.default_plan(192, 3136, 16, 2))
     for key, plan in tiles.pinned_plans().items():
         # VMamba's dt rank is a sixteenth of a block's width, which v0 (N > 1) expands to twice as many channels.
         rank = -(-key.channels // (16 if key.state == 1 else 32))
@@ -84,18 +100,18 @@ def configurations(
             "INTERPRET": False,
             "PRECISION": "ieee" if exact else "tf32",
             "CARRIED": count > 1,
-            "PAIRED": state == 1 and rank % 2 == 0 and BYTES[dtype] == 2,
+            "PAIRED": state == 1 and rank % 2 == 0 and DTYPES[dtype].itemsize == 2,
         } | ({"S": 1} if count == 1 else {})
         tail = "full" if full else "part"
         if count > 1:
-            ends = common | {"CHANNELS": plan.ends}
+            ends = common | {"STEPS": plan.walked, "CHANNELS": plan.ends}
             chosen = options(plan, "ends")
             yield _one(f"{shape} {tail}", ss2d_ends, dtype, ends, chosen)
             yield _one(f"{shape} {tail}", ss2d_adjoint_ends, dtype, ends, chosen)
         for first in (True, False):
             axis = {"FIRST": first} | ({} if first else {"axis": 1})
             name = f"{shape} {tail} {'first' if first else 'second'}"
-            output = common | axis | {"CHANNELS": plan.output}
+            output = common | axis | {"STEPS": plan.walked, "EVERY": plan.steps, "CHANNELS": plan.output}
             for save in (True, False):
                 case = f"{name} {'training' if save else 'inference'}"
                 yield _one(case, ss2d_output, dtype, output | {"SAVE": save}, options(plan, "output"))
@@ -104,6 +120,8 @@ def configurations(
     blocks = -(-channels // plan.gradients)
     summed = {"BLOCKS": blocks, "PITCH": pitch, "R": rank, "N": state, "TILE": _SUM_TILE}
     yield _one(shape, ss2d_projected_sum, dtype, summed, {"num_warps": 4})
+    summed = {"C": channels, "R": rank, "N": state, **PARAMETER_TILE}
+    yield _one(shape, ss2d_parameter_sum, dtype, summed, {"num_warps": summed.pop("num_warps")})
     if count > 1:
         yield from _carries(shape, channels, state, dtype, count)
 
@@ -113,7 +131,6 @@ def _carries(shape: str, channels: int, state: int, dtype: str, count: int) -> I
         constants = {
             "C": channels,
             "N": state,
-            "INTERPRET": False,
             "REVERSE": reverse,
             **carry_options(channels, count),
         }
@@ -141,6 +158,7 @@ def _type(name: str, dtype: str, constants: dict[str, Any]) -> str:
     if (
         name in FLOAT32
         or (name in PARTIAL and constants["N"] > 1)
+        or (name == "p_sum" and sum_is_wide(DTYPES[dtype], constants["N"]))
         or (name == "p_starts" and constants.get("CARRIED", True))
     ):
         return "*fp32"

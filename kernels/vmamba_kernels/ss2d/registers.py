@@ -66,13 +66,26 @@ def write(p, value, mask, SURE: tl.constexpr):
 
 
 @triton.jit
+def window(k, PITCH: tl.constexpr, RP: tl.constexpr):
+    """Return the first of the RP columns that are loaded for direction k, and how many of them come before its own.
+
+    Those that are not its own meet weights that are zero, and cost less than a mask. The last direction has others'
+    before its own, so that nothing is read behind the last token's.
+    """
+    first = tl.maximum(tl.minimum(k * PITCH, 4 * PITCH - RP), 0)
+    if PITCH % 8 == 0:
+        first = tl.multiple_of(first, 8)
+    return first, k * PITCH - first
+
+
+@triton.jit
 def projected_rows(
-    p_row, m_t, PITCH: tl.constexpr, RP: tl.constexpr, FULL: tl.constexpr, INTERPRET: tl.constexpr
+    p_p, o_p, m_t, PITCH: tl.constexpr, RP: tl.constexpr, FULL: tl.constexpr, INTERPRET: tl.constexpr
 ):
-    """Load the first RP of the PITCH columns that a tile's rows have; those behind R meet weights that are zero."""
+    """Load the RP columns of window that a tile's rows have."""
     o_r = tl.arange(0, RP)
-    # What lies behind a direction's columns is another's, and infinity times zero is no zero.
-    b_dt = read(p_row[:, None] + o_r[None, :], (o_r[None, :] < PITCH) & m_t[:, None], FULL and RP <= PITCH)
+    m = (o_r[None, :] < 4 * PITCH) & m_t[:, None]
+    b_dt = read(p_p + (o_p[:, None] + o_r[None, :]), m, FULL and RP <= 4 * PITCH)
     if INTERPRET:
         b_dt = b_dt.to(tl.float32)
     return b_dt
@@ -80,21 +93,21 @@ def projected_rows(
 
 @triton.jit
 def projected_columns(
-    p_row, m_t, PITCH: tl.constexpr, RP: tl.constexpr, FULL: tl.constexpr, INTERPRET: tl.constexpr
+    p_p, o_p, m_t, PITCH: tl.constexpr, RP: tl.constexpr, FULL: tl.constexpr, INTERPRET: tl.constexpr
 ):
     """Load what projected_rows loads as (RP, rows): a copy of its own, as a tile in two layouts is not prefetched."""
     o_r = tl.arange(0, RP)
-    b_dt = read(p_row[None, :] + o_r[:, None], (o_r[:, None] < PITCH) & m_t[None, :], FULL and RP <= PITCH)
+    m = (o_r[:, None] < 4 * PITCH) & m_t[None, :]
+    b_dt = read(p_p + (o_p[None, :] + o_r[:, None]), m, FULL and RP <= 4 * PITCH)
     if INTERPRET:
         b_dt = b_dt.to(tl.float32)
     return b_dt
 
 
 @triton.jit
-def time_steps(p_row, m_t, b_w, b_bias, PITCH: tl.constexpr, RP: tl.constexpr, FULL: tl.constexpr,
-               EXACT: tl.constexpr, INTERPRET: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """Return z and delta of a tile, both in units of log2."""
-    b_dt = projected_rows(p_row, m_t, PITCH, RP, FULL, INTERPRET)
+def time_steps(b_dt, m_t, b_w, b_bias, FULL: tl.constexpr, EXACT: tl.constexpr, INTERPRET: tl.constexpr,
+               PRECISION: tl.constexpr):  # fmt: skip
+    """Return z and delta, both in units of log2, of what projected_rows loaded."""
     b_z = tl.dot(b_dt, b_w, input_precision=PRECISION) * LOG2E + b_bias[None, :]
     b_d = softplus2(b_z, EXACT, INTERPRET)
     if not FULL:
@@ -103,35 +116,61 @@ def time_steps(p_row, m_t, b_w, b_bias, PITCH: tl.constexpr, RP: tl.constexpr, F
 
 
 @triton.jit
+def nothing(
+    b_w,
+    K: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    EXACT: tl.constexpr,
+    INTERPRET: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Zeros (ROWS, CHANNELS), to begin a walk with, by a product with b_w (K, CHANNELS).
+
+    Triton moves what a product reads into the loop that has its only use, and lays it out there anew in every tile,
+    by shuffles that a warp waits for. What is used before the loop too stays in registers. In float32 it would not fit.
+    """
+    if EXACT:
+        return tl.zeros((ROWS, CHANNELS), tl.float32)
+    else:
+        return tl.dot(tl.zeros((ROWS, K), b_w.dtype), b_w, input_precision=PRECISION)
+
+
+@triton.jit
 def input_and_output(
-    p_row, m_t, n, R: tl.constexpr, N: tl.constexpr, PAIRED: tl.constexpr, FULL: tl.constexpr
+    p_p, o_p, m_t, n, R: tl.constexpr, N: tl.constexpr, PAIRED: tl.constexpr, FULL: tl.constexpr
 ):
     """Return B * ln(2) and C of state n for each row of a tile; PAIRED reads two 16-bit neighbours as one word."""
     if PAIRED:
-        both = read((p_row + R).to(tl.pointer_type(tl.int32)), m_t, FULL)
-        if p_row.dtype.element_ty == tl.bfloat16:
+        both = read((p_p + R + o_p).to(tl.pointer_type(tl.int32)), m_t, FULL)
+        if p_p.dtype.element_ty == tl.bfloat16:
             b_B = (both << 16).to(tl.float32, bitcast=True)
             b_C = (both & -65536).to(tl.float32, bitcast=True)
         else:
             b_B = both.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
             b_C = (both >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
     else:
-        b_B = read(p_row + R + n, m_t, FULL).to(tl.float32)
-        b_C = read(p_row + R + N + n, m_t, FULL).to(tl.float32)
+        b_B = read(p_p + R + n + o_p, m_t, FULL).to(tl.float32)
+        b_C = read(p_p + R + N + n + o_p, m_t, FULL).to(tl.float32)
     return b_B * LN2, b_C
 
 
 @triton.jit
-def weights(
-    p_w, p_bias, k, o_c, m_c, C: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, INTERPRET: tl.constexpr
-):
-    """Return the time-step weights (RP, CHANNELS) of direction k and its bias in units of log2."""
-    o_r = tl.arange(0, RP)
+def weights(p_w, p_bias, k, o_r, o_c, m_c, C: tl.constexpr, R: tl.constexpr, INTERPRET: tl.constexpr):
+    """Return the time-step weights (o_r, o_c) of direction k and its bias in units of log2."""
     p = p_w + (k * C + o_c)[None, :] * R + o_r[:, None]
-    b_w = tl.load(p, mask=(o_r[:, None] < R) & m_c[None, :], other=0.0)
+    b_w = tl.load(p, mask=((o_r >= 0) & (o_r < R))[:, None] & m_c[None, :], other=0.0)
     if INTERPRET:
         b_w = b_w.to(tl.float32)
     return b_w, tl.load(p_bias + k * C + o_c, mask=m_c, other=0.0) * LOG2E
+
+
+@triton.jit
+def skips(p_D, o_c, m_c, C: tl.constexpr):
+    """Return the sum of the four directions' skips (4, C) for each channel: all meet the same x."""
+    b_D = tl.load(p_D + o_c, mask=m_c, other=0.0)
+    for k in tl.static_range(1, 4):
+        b_D += tl.load(p_D + k * C + o_c, mask=m_c, other=0.0)
+    return b_D
 
 
 @triton.jit
@@ -168,19 +207,23 @@ def begin(
 @triton.jit
 def place(
     p_order, k, origin, way, inside, j, S,
-    SPAN: tl.constexpr, STEPS: tl.constexpr, FULL: tl.constexpr, STRAIGHT: tl.constexpr,
+    SPAN: tl.constexpr, STEPS: tl.constexpr, FULL: tl.constexpr, STRAIGHT: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Return the token among all images' of each row of tile j, and a mask, from what begin returned."""
+    """Return, of each row of tile j, the token among all images', as a shift of all and one of its own, and a mask.
+
+    From what begin returned. What is a row's own is the same in every tile of a STRAIGHT walk: its addresses are
+    worked out once, and no load stands between a step and them, so that tiles can be asked for ahead.
+    """
     if STRAIGHT:
-        # No load stands between a step and its addresses: what they are of can be asked for tiles ahead.
-        return origin + j * STEPS * way, inside
+        shift = j * STEPS * way
+        return shift.to(tl.int64) if WIDE else shift, origin, inside
     else:
         p = p_order + k * (S * SPAN) + j * STEPS + way
         if FULL:
-            return origin + tl.load(p), inside
+            return 0, origin + tl.load(p), inside
         else:
             token = tl.load(p, mask=inside, other=-1)
-            return origin + token, token >= 0
+            return 0, origin + token, token >= 0
 
 
 @triton.jit
@@ -200,6 +243,31 @@ def _halves(x, M: tl.constexpr, CHANNELS: tl.constexpr):
 
 
 @triton.jit
+def no_sum(zeros, CHANNELS: tl.constexpr, EXACT: tl.constexpr):
+    """What add_rows begins with, from zeros (ROWS, CHANNELS)."""
+    if EXACT:
+        return zeros
+    else:
+        upper, _lower = _halves(zeros, ROWS, CHANNELS)
+        return upper
+
+
+@triton.jit
+def add_rows(total, a, b, CHANNELS: tl.constexpr, EXACT: tl.constexpr):
+    """total plus a * b (ROWS, CHANNELS), for a sum over rows: of the first half of them and then of the second.
+
+    A thread holds a row of either half, so total takes half of the registers. Not in float32, whose products have
+    another layout.
+    """
+    if EXACT:
+        return total + a * b
+    else:
+        a0, a1 = _halves(a, ROWS, CHANNELS)
+        b0, b1 = _halves(b, ROWS, CHANNELS)
+        return (total + a0 * b0) + a1 * b1
+
+
+@triton.jit
 def split_steps(x, STEPS: tl.constexpr, CHANNELS: tl.constexpr):
     """Cut a tile (STEPS * ROWS, CHANNELS) into its steps, a tuple of (ROWS, CHANNELS); STEPS is 1, 2 or 4."""
     if STEPS == 1:
@@ -212,6 +280,79 @@ def split_steps(x, STEPS: tl.constexpr, CHANNELS: tl.constexpr):
             a0, a1 = _halves(a, 2 * ROWS, CHANNELS)
             b0, b1 = _halves(b, 2 * ROWS, CHANNELS)
             return (a0, a1, b0, b1)
+
+
+@triton.jit
+def channel_order(CHANNELS: tl.constexpr, PLAIN: tl.constexpr):
+    """Return the channel of its block that each column of a product's tile stands for.
+
+    In a product's result four threads share a row and each holds two columns of every eight. Were these neighbours,
+    a tile of 16-bit numbers would go through shared memory, with conflicts, between its load and its use and once
+    more before it is stored. So columns stand for channels in the order in which a thread's are CHANNELS / 4
+    consecutive ones: with 32, the 16 bytes that it loads and stores at once.
+    """
+    f = tl.arange(0, CHANNELS)
+    if PLAIN:
+        return f
+    else:
+        return (f % 8) // 2 * (CHANNELS // 4) + f // 8 * 2 + f % 2
+
+
+@triton.jit
+def neighbours(CHANNELS: tl.constexpr, PLAIN: tl.constexpr):
+    """0 ... CHANNELS - 1, of which a thread loads and stores as many together as channel_order gives it."""
+    o = tl.arange(0, CHANNELS)
+    if PLAIN:
+        return o
+    else:
+        return tl.max_contiguous(o, CHANNELS // 4)
+
+
+@triton.jit
+def to_product(x, M: tl.constexpr, CHANNELS: tl.constexpr, PLAIN: tl.constexpr):
+    """Bring a tile (M, CHANNELS) as it lies in memory into channel_order."""
+    if PLAIN:
+        return x
+    else:
+        return tl.reshape(tl.permute(tl.reshape(x, (M, 4, CHANNELS // 8, 2)), (0, 2, 1, 3)), (M, CHANNELS))
+
+
+@triton.jit
+def to_memory(x, M: tl.constexpr, CHANNELS: tl.constexpr, PLAIN: tl.constexpr):
+    """Undo to_product."""
+    if PLAIN:
+        return x
+    else:
+        return tl.reshape(tl.permute(tl.reshape(x, (M, CHANNELS // 8, 4, 2)), (0, 2, 1, 3)), (M, CHANNELS))
+
+
+@triton.jit
+def split_channels(x, M: tl.constexpr, CHANNELS: tl.constexpr, PARTS: tl.constexpr):
+    """Cut a tile (M, CHANNELS) into PARTS (1 or 2) of fewer channels, a tuple; as with steps, nothing moves."""
+    if PARTS == 1:
+        return (x,)
+    else:
+        a, b = tl.split(tl.permute(tl.reshape(x, (M, 2, CHANNELS // 2)), (0, 2, 1)))
+        return (a, b)
+
+
+@triton.jit
+def split_columns(o, CHANNELS: tl.constexpr, PARTS: tl.constexpr):
+    """What split_channels makes of a row of numbers."""
+    if PARTS == 1:
+        return (o,)
+    else:
+        a, b = tl.split(tl.permute(tl.reshape(o, (2, CHANNELS // 2)), (1, 0)))
+        return (a, b)
+
+
+@triton.jit
+def join_channels(t, M: tl.constexpr, CHANNELS: tl.constexpr, PARTS: tl.constexpr):
+    """Undo split_channels."""
+    if PARTS == 1:
+        return t[0]
+    else:
+        return tl.reshape(tl.permute(tl.join(t[0], t[1]), (0, 2, 1)), (M, CHANNELS))
 
 
 @triton.jit

@@ -6,7 +6,7 @@ and writes tiles.json. The batch has no say, so it never changes an image's bits
 
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -23,7 +23,10 @@ TABLE = Path(__file__).with_name("tiles.json")
 
 @dataclass(frozen=True)
 class Plan:
-    """Steps a segment (`span`) and a tile (`steps`: 1, 2 or 4, a divisor); of each kernel channels, warps and stages.
+    """Steps a segment (`span`) and a tile (1, 2 or 4, a divisor); of each kernel channels, warps and stages.
+
+    `steps` are those of a tile of the gradients, before which the forward saves a state; `walked`, a multiple, those of
+    the other kernels' tiles (0: the same).
 
     `ends` is the first walk of the forward and of the backward, `output` and `gradients` the second. Stages are the
     depth of the loads' pipeline: where segments turn, addresses are loaded too, so that 5 is the least that loads a
@@ -44,10 +47,16 @@ class Plan:
     gradients_stages: int = 5
     output_registers: int = 0
     gradients_registers: int = 0
+    walked: int = 0
 
     def __post_init__(self) -> None:
-        if self.steps not in (1, 2, 4) or self.span % self.steps:
-            raise ValueError(f"steps={self.steps}: use 1, 2 or 4, a divisor of span={self.span}")
+        object.__setattr__(self, "walked", self.walked or self.steps)
+        for name in ("steps", "walked"):
+            steps = getattr(self, name)
+            if steps not in (1, 2, 4) or self.span % steps:
+                raise ValueError(f"{name}={steps}: use 1, 2 or 4, a divisor of span={self.span}")
+        if self.walked % self.steps:
+            raise ValueError(f"walked={self.walked}: use a multiple of steps={self.steps}")
 
 
 class Key(NamedTuple):
@@ -74,11 +83,11 @@ def write_plans(plans: dict[Key, Plan]) -> None:
     pinned_plans.cache_clear()
 
 
-def default_plan(length: int, itemsize: int) -> Plan:
+def default_plan(channels: int, length: int, state: int, itemsize: int) -> Plan:
     """Return the plan of a shape that the table does not name, after what was measured for those that it does.
 
     Short sequences are cut shorter, or there are fewer programs than the device can hold; a span that divides the
-    length needs no masks.
+    length needs no masks. The gradients of 32 channels at once need registers for one step and a dt rank of 32.
     """
     wanted = 28 if length >= 56 * 28 else 14 if length >= 7 * 14 else 7
     steps = 2 if length >= 392 else 1
@@ -87,8 +96,13 @@ def default_plan(length: int, itemsize: int) -> Plan:
     straight = math.isqrt(length) ** 2 == length and math.isqrt(length) % span == 0
     stages = 3 if straight else 5
     if itemsize > 2:
-        return Plan(span=span, steps=steps, ends=16, output=16, gradients=16, ends_stages=stages)
-    return Plan(span=span, steps=steps, ends_stages=stages, output_stages=stages if steps == 1 else 5)
+        return Plan(span, steps, ends=16, output=16, gradients=16, ends_stages=stages)
+    found = Plan(span, steps, ends_stages=stages, output_stages=stages if steps == 1 else 5)
+    if steps == 1 and state == 1:
+        walked = 2 if span % 2 == 0 else 1
+        wide = channels <= 512
+        return replace(found, walked=walked, gradients=32 if wide else 16, gradients_stages=6 if wide else 5)
+    return found
 
 
 def plan_for(x: Tensor, state: int) -> Plan:
@@ -96,7 +110,7 @@ def plan_for(x: Tensor, state: int) -> Plan:
     # int: a size that torch.compile traces as a symbol is fixed here.
     height, width, channels = (int(n) for n in x.shape[1:])
     key = Key(generation(x.device), channels, height * width, state, x.element_size())
-    return pinned_plans().get(key) or default_plan(height * width, x.element_size())
+    return pinned_plans().get(key) or default_plan(*key[1:])
 
 
 class Walk(NamedTuple):

@@ -11,27 +11,40 @@ over channel blocks of a projection's gradient, and those over programs, are add
 import triton
 import triton.language as tl
 
-from vmamba_kernels.exponents import LN2, LOG2E, exp2, widen
+from vmamba_kernels.exponents import LN2, LOG2E, exp2, narrow, widen
 from vmamba_kernels.ss2d.registers import (
     ROWS,
+    add_rows,
     begin,
+    channel_order,
     input_and_output,
+    join_channels,
     join_steps,
+    neighbours,
+    no_sum,
+    nothing,
     place,
     projected_columns,
+    projected_rows,
     read,
     segments,
+    skips,
     slope2,
+    split_channels,
+    split_columns,
     split_steps,
     time_steps,
+    to_memory,
+    to_product,
     weights,
+    window,
     write,
 )
 
 
 @triton.jit
 def ss2d_adjoint_ends(
-    p_g, p_p, p_w, p_bias, p_A, p_order, p_ends, p_sums, L, S, Q,
+    p_g, p_p, p_w, p_bias, p_A, p_order, p_ends, p_decays, L, S, Q,
     C: tl.constexpr, R: tl.constexpr, N: tl.constexpr, PITCH: tl.constexpr, RP: tl.constexpr,
     SPAN: tl.constexpr, STEPS: tl.constexpr,
     CHANNELS: tl.constexpr, MIRROR: tl.constexpr, FULL: tl.constexpr, WIDE: tl.constexpr,
@@ -39,39 +52,46 @@ def ss2d_adjoint_ends(
     INTERPRET: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
     PAIRED: tl.constexpr,
 ):  # fmt: skip
-    """Walk each segment backwards from zero: the mu it hands on (4, Q, N, C), its sum of time steps (4, Q, C)."""
+    """Walk each segment backwards from zero: the mu it hands on and its decay, each (4, Q, N, C)."""
     TILES: tl.constexpr = SPAN // STEPS
     BLOCKS: tl.constexpr = (C + CHANNELS - 1) // CHANNELS
     SURE: tl.constexpr = FULL and C % CHANNELS == 0
+    PLAIN: tl.constexpr = EXACT or CHANNELS < 32
     i_g, i_c, k = tl.program_id(0) // BLOCKS, tl.program_id(0) % BLOCKS, tl.program_id(1)
-    o_c = i_c * CHANNELS + tl.arange(0, CHANNELS)
-    m_c = o_c < C
-    b_w, b_bias = weights(p_w, p_bias, k, o_c, m_c, C, R, RP, INTERPRET)
+    o_c = i_c * CHANNELS + neighbours(CHANNELS, PLAIN)
+    o_f = i_c * CHANNELS + channel_order(CHANNELS, PLAIN)
+    o_r = tl.arange(0, RP)
+    m_c, m_f = o_c < C, o_f < C
+    first, before = window(k, PITCH, RP)
+    b_w, b_bias = weights(p_w, p_bias, k, o_r - before, o_f, m_f, C, R, INTERPRET)
     row, m_row = segments(i_g, k, S, Q, MIRROR)
     origin, way, inside = begin(p_order, k, i_g, S, Q, L, SPAN, STEPS, MIRROR, WIDE, STRAIGHT)
     at = (k * Q + row).to(tl.int64)[:, None]
     m_out = m_row[:, None] & m_c[None, :]
     for n in range(N):
-        b_A = tl.load(p_A + (k * C + o_c) * N + n, mask=m_c, other=0.0)
-        mu = tl.zeros((ROWS, CHANNELS), tl.float32)
-        total = tl.zeros((ROWS, CHANNELS), tl.float32)
+        b_A = tl.load(p_A + (k * C + o_f) * N + n, mask=m_f, other=0.0)
+        mu = nothing(b_w, RP, CHANNELS, EXACT, INTERPRET, PRECISION)
+        decay = tl.full((ROWS, CHANNELS), 1.0, tl.float32)
         for back in tl.range(0, TILES, num_stages=STAGES):
-            at_t, m_t = place(
-                p_order, k, origin, way, inside, TILES - 1 - back, S, SPAN, STEPS, FULL, STRAIGHT
+            shift, at_t, m_t = place(
+                p_order, k, origin, way, inside, TILES - 1 - back, S, SPAN, STEPS, FULL, STRAIGHT, WIDE
             )
-            b_g = read(p_g + at_t[:, None] * C + o_c[None, :], m_t[:, None] & m_c[None, :], SURE)
-            p_row = p_p + at_t * (4 * PITCH) + k * PITCH
-            _b_B, b_C = input_and_output(p_row, m_t, n, R, N, PAIRED, FULL)
-            _z, b_d = time_steps(p_row, m_t, b_w, b_bias, PITCH, RP, FULL, EXACT, INTERPRET, PRECISION)
+            b_g = read(
+                p_g + shift * C + (at_t[:, None] * C + o_c[None, :]), m_t[:, None] & m_c[None, :], SURE
+            )
+            b_g = widen(to_product(b_g, STEPS * ROWS, CHANNELS, PLAIN), not INTERPRET)
+            p_t, o_p = p_p + shift * (4 * PITCH), at_t * (4 * PITCH)
+            _b_B, b_C = input_and_output(p_t + k * PITCH, o_p, m_t, n, R, N, PAIRED, FULL)
+            b_dt = projected_rows(p_t + first, o_p, m_t, PITCH, RP, FULL, INTERPRET)
+            _z, b_d = time_steps(b_dt, m_t, b_w, b_bias, FULL, EXACT, INTERPRET, PRECISION)
             a = split_steps(exp2(b_d * b_A[None, :], not INTERPRET), STEPS, CHANNELS)
-            cg = split_steps(b_C[:, None] * widen(b_g, not INTERPRET), STEPS, CHANNELS)
-            d = split_steps(b_d, STEPS, CHANNELS)
+            cg = split_steps(b_C[:, None] * b_g, STEPS, CHANNELS)
             for i in tl.static_range(STEPS):
                 mu = a[STEPS - 1 - i] * (cg[STEPS - 1 - i] + mu)
-                total += d[i]
-        tl.store(p_ends + (at * N + n) * C + o_c[None, :], mu, mask=m_out)
-        if n == 0:
-            tl.store(p_sums + at * C + o_c[None, :], total, mask=m_out)
+                decay *= a[i]
+        at_n = (at * N + n) * C + o_c[None, :]
+        tl.store(p_ends + at_n, to_memory(mu, ROWS, CHANNELS, PLAIN), mask=m_out)
+        tl.store(p_decays + at_n, to_memory(decay, ROWS, CHANNELS, PLAIN), mask=m_out)
 
 
 @triton.jit
@@ -86,125 +106,194 @@ def ss2d_gradients(
 ):  # fmt: skip
     """Walk each segment backwards from what it receives: dx, and the partial sums of all other gradients.
 
-    dx is summed in place in float32, as y is. dp is (BLOCKS, Q / S, L, 4, PITCH) by block of channels, in the walk's
+    dx is summed in place, as y is. dp is (BLOCKS, Q / S, L, 4, PITCH) by block of channels, in the walk's
     units of logarithms. The parameters' are by group of 16 rows, a row of dw (4, C, R), dbias (4, C), dA (4, C, N) and
     dD (C).
     """
     TILES: tl.constexpr = SPAN // STEPS
     BLOCKS: tl.constexpr = (C + CHANNELS - 1) // CHANNELS
     SURE: tl.constexpr = FULL and C % CHANNELS == 0
+    PLAIN: tl.constexpr = EXACT or CHANNELS < 32
+    PARTS: tl.constexpr = 2 if CHANNELS == 32 else 1
+    PART: tl.constexpr = CHANNELS // PARTS
     i_g, i_c = tl.program_id(0) // BLOCKS, tl.program_id(0) % BLOCKS
-    o_c = i_c * CHANNELS + tl.arange(0, CHANNELS)
-    m_c = o_c < C
+    o_c = i_c * CHANNELS + neighbours(CHANNELS, PLAIN)
+    o_f = i_c * CHANNELS + channel_order(CHANNELS, PLAIN)
+    m_c, m_f = o_c < C, o_f < C
+    # A thread's consecutive channels are dealt to the parts in turn.
+    o_part = split_columns(o_f, CHANNELS, PARTS)
     o_r = tl.arange(0, RP)
-    o_p = tl.arange(0, PP)
-    b_D = tl.load(p_D + o_c, mask=m_c, other=0.0)
-    narrow: tl.constexpr = tl.float32 if INTERPRET else p_x.dtype.element_ty
+    LATE: tl.constexpr = (
+        EXACT  # loads the projection's rows a second time only where they are used, for want of registers
+    )
+    AS_IT_LIES: tl.constexpr = EXACT or PP > 32
+    o_columns = neighbours(PP, AS_IT_LIES)
+    o_pf = channel_order(PP, AS_IT_LIES)
+    b_D = skips(p_D, o_f, m_f, C)
+    operand: tl.constexpr = tl.float32 if INTERPRET else p_x.dtype.element_ty
     p_row_of_sums = p_parameters + i_g.to(tl.int64) * (4 * C * (R + 1 + N) + C)
     for sense in tl.static_range(2):
         k = axis + 2 * sense
-        b_w, b_bias = weights(p_w, p_bias, k, o_c, m_c, C, R, RP, INTERPRET)
-        b_wide, _bias = weights(p_w, p_bias, k, o_c, m_c, C, R, PP, INTERPRET)
         row, m_row = segments(i_g, k, S, Q, MIRROR)
         origin, way, inside = begin(p_order, k, i_g, S, Q, L, SPAN, STEPS, MIRROR, WIDE, STRAIGHT)
         at = (k * Q + row).to(tl.int64)[:, None]
         m_out = m_row[:, None] & m_c[None, :]
-        b_dw = tl.zeros((RP, CHANNELS), tl.float32)
-        b_dbias = tl.zeros((ROWS, CHANNELS), tl.float32)
-        b_dD = tl.zeros((ROWS, CHANNELS), tl.float32)
+        first, before = window(k, PITCH, RP)
+        w, bias, wide, dw, dbias, dD = (), (), (), (), (), ()
+        for part in tl.static_range(PARTS):
+            o = o_part[part]
+            b_w, b_bias = weights(p_w, p_bias, k, o_r - before, o, o < C, C, R, INTERPRET)
+            b_wide, _bias = weights(p_w, p_bias, k, o_pf, o, o < C, C, R, INTERPRET)
+            w, bias, wide = w + (b_w,), bias + (b_bias,), wide + (b_wide,)
+            dw += (tl.zeros((RP, PART), tl.float32),)
+            zeros = no_sum(nothing(b_w, RP, PART, EXACT, INTERPRET, PRECISION), PART, EXACT)
+            dbias, dD = dbias + (zeros,), dD + (zeros,)
         for n in range(N):
-            b_A = tl.load(p_A + (k * C + o_c) * N + n, mask=m_c, other=0.0)
-            b_A2 = b_A * LN2
             # One-hot columns: products with them are sums over channels, put where the gradients of B and C belong.
-            to_B = tl.where((o_p == R + n)[None, :] & (o_c >= 0)[:, None], 1.0, 0.0).to(narrow)
-            to_C = tl.where((o_p == R + N + n)[None, :] & (o_c >= 0)[:, None], 1.0, 0.0).to(narrow)
+            to_B = tl.where((o_pf == R + n)[None, :] & (o_part[0] >= 0)[:, None], 1.0, 0.0).to(operand)
+            to_C = tl.where((o_pf == R + N + n)[None, :] & (o_part[0] >= 0)[:, None], 1.0, 0.0).to(operand)
             if CARRIED:
-                mu = tl.load(p_starts + (at * N + n) * C + o_c[None, :], mask=m_out, other=0.0)
+                b_mu = tl.load(p_starts + (at * N + n) * C + o_c[None, :], mask=m_out, other=0.0)
+                b_mu = to_product(b_mu, ROWS, CHANNELS, PLAIN)
             else:
-                mu = tl.zeros((ROWS, CHANNELS), tl.float32)
-            b_dA = tl.zeros((ROWS, CHANNELS), tl.float32)
+                b_mu = tl.zeros((ROWS, CHANNELS), tl.float32)
+            mu = split_channels(b_mu, ROWS, CHANNELS, PARTS)
+            A, dA = (), ()
+            for part in tl.static_range(PARTS):
+                o = o_part[part]
+                A += (tl.load(p_A + (k * C + o) * N + n, mask=o < C, other=0.0),)
+                dA += (no_sum(tl.zeros((ROWS, PART), tl.float32), PART, EXACT),)
             for back in tl.range(0, TILES, num_stages=STAGES):
                 j = TILES - 1 - back
-                at_t, m_t = place(p_order, k, origin, way, inside, j, S, SPAN, STEPS, FULL, STRAIGHT)
+                shift, at_t, m_t = place(
+                    p_order, k, origin, way, inside, j, S, SPAN, STEPS, FULL, STRAIGHT, WIDE
+                )
                 m = m_t[:, None] & m_c[None, :]
+                at_x = shift * C
                 o_x = at_t[:, None] * C + o_c[None, :]
-                b_x = widen(read(p_x + o_x, m, SURE), not INTERPRET)
-                b_g = widen(read(p_g + o_x, m, SURE), not INTERPRET)
-                p_row = p_p + at_t * (4 * PITCH) + k * PITCH
-                b_B, b_C = input_and_output(p_row, m_t, n, R, N, PAIRED, FULL)
+                b_x = to_product(read(p_x + at_x + o_x, m, SURE), STEPS * ROWS, CHANNELS, PLAIN)
+                b_x = widen(b_x, not INTERPRET)
+                b_g = to_product(read(p_g + at_x + o_x, m, SURE), STEPS * ROWS, CHANNELS, PLAIN)
+                b_g = widen(b_g, not INTERPRET)
+                p_t, o_p = p_p + shift * (4 * PITCH), at_t * (4 * PITCH)
+                b_B, b_C = input_and_output(p_t + k * PITCH, o_p, m_t, n, R, N, PAIRED, FULL)
                 p_tile = p_tiles + ((at * TILES + j) * N + n) * C + o_c[None, :]
-                h = widen(read(p_tile, m_out, SURE), not INTERPRET)
-                b_z, b_d = time_steps(p_row, m_t, b_w, b_bias, PITCH, RP, FULL, EXACT, INTERPRET, PRECISION)
-                x = split_steps(b_x, STEPS, CHANNELS)
-                g = split_steps(b_g, STEPS, CHANNELS)
-                d = split_steps(b_d, STEPS, CHANNELS)
-                z = split_steps(b_z, STEPS, CHANNELS)
-                a = split_steps(exp2(b_d * b_A[None, :], not INTERPRET), STEPS, CHANNELS)
-                Bs = split_steps(b_B[:, None], STEPS, 1)
-                Cs = split_steps(b_C[:, None], STEPS, 1)
-                h = (h,)
-                for i in tl.static_range(STEPS):
-                    h = h + (a[i] * h[i] + d[i] * (Bs[i] * x[i]),)
-                all_dx = ()
-                all_dz = ()
-                all_dB = ()
-                all_dC = ()
-                # Everything of one step before the next: what is live at once must fit in registers.
-                for i in tl.static_range(STEPS):
-                    lam = Cs[STEPS - 1 - i] * g[STEPS - 1 - i] + mu
-                    mu = a[STEPS - 1 - i] * lam
-                    ah = a[STEPS - 1 - i] * h[STEPS - 1 - i]
-                    ld = lam * d[STEPS - 1 - i]
-                    slope = slope2(z[STEPS - 1 - i], EXACT, INTERPRET)
-                    # The gradient of z, times ln(2).
-                    dz = lam * (Bs[STEPS - 1 - i] * x[STEPS - 1 - i] + b_A2[None, :] * ah) * slope
-                    b_dA += ld * ah
-                    b_dbias += dz
-                    if FIRST and sense == 0:
-                        b_dD += g[STEPS - 1 - i] * x[STEPS - 1 - i]
-                    all_dx = (ld * Bs[STEPS - 1 - i],) + all_dx
-                    all_dz = (dz.to(narrow),) + all_dz
-                    all_dB = ((ld * x[STEPS - 1 - i]).to(narrow),) + all_dB
-                    all_dC = ((g[STEPS - 1 - i] * h[STEPS - i]).to(narrow),) + all_dC
-                if FIRST and sense == 0:
-                    if n == 0:
-                        b_dx = b_D[None, :] * b_g
-                    else:
-                        b_dx = read(p_sum + o_x, m, SURE)
-                else:
-                    b_dx = read(p_sum + o_x, m, SURE)
-                b_dx += join_steps(all_dx, STEPS, CHANNELS)
+                b_h = to_product(read(p_tile, m_out, SURE), ROWS, CHANNELS, PLAIN)
+                b_h = widen(b_h, not INTERPRET)
+                b_dt = projected_rows(p_t + first, o_p, m_t, PITCH, RP, FULL, INTERPRET)
+                if not LATE:
+                    b_dt_turned = projected_columns(p_t + first, o_p, m_t, PITCH, RP, FULL, INTERPRET)
+                x = split_channels(b_x, STEPS * ROWS, CHANNELS, PARTS)
+                g = split_channels(b_g, STEPS * ROWS, CHANNELS, PARTS)
+                h = split_channels(b_h, ROWS, CHANNELS, PARTS)
+                all_dx, new_mu, new_dA, new_dw, new_dbias, new_dD = (), (), (), (), (), ()
+                b_dp = tl.zeros((STEPS * ROWS, PP), tl.float32)
+                # Everything of one part before the next: what is live at once must fit in registers.
+                for part in tl.static_range(PARTS):
+                    b_z, b_d = time_steps(b_dt, m_t, w[part], bias[part], FULL, EXACT, INTERPRET, PRECISION)
+                    dx, dz, dB, dC, part_mu, part_dA, part_dbias, part_dD = _steps(
+                        x[part], g[part], b_B, b_C, h[part], b_z, b_d, A[part],
+                        mu[part], dA[part], dbias[part], dD[part],
+                        STEPS, PART, FIRST and sense == 0, operand, EXACT, INTERPRET,
+                    )  # fmt: skip
+                    b_dp = tl.dot(dz, tl.trans(wide[part]), b_dp, input_precision=PRECISION)
+                    b_dp = tl.dot(dB, to_B, b_dp, input_precision=PRECISION)
+                    b_dp = tl.dot(dC, to_C, b_dp, input_precision=PRECISION)
+                    if LATE:
+                        b_dt_turned = projected_columns(p_t + first, o_p, m_t, PITCH, RP, FULL, INTERPRET)
+                    new_dw += (tl.dot(b_dt_turned, dz, dw[part], input_precision=PRECISION),)
+                    all_dx += (dx,)
+                    new_mu, new_dA = new_mu + (part_mu,), new_dA + (part_dA,)
+                    new_dbias, new_dD = new_dbias + (part_dbias,), new_dD + (part_dD,)
+                mu, dA, dw, dbias, dD = new_mu, new_dA, new_dw, new_dbias, new_dD
+                b_dx = join_channels(all_dx, STEPS * ROWS, CHANNELS, PARTS)
+                if not FIRST or sense == 1 or n > 0:
+                    b_sum = to_product(read(p_sum + at_x + o_x, m, SURE), STEPS * ROWS, CHANNELS, PLAIN)
+                    b_dx += widen(b_sum, not INTERPRET)
                 if FIRST or sense == 0 or n < N - 1:
-                    write(p_sum + o_x, b_dx, m, SURE)
+                    b_sum = to_memory(b_dx.to(p_sum.dtype.element_ty), STEPS * ROWS, CHANNELS, PLAIN)
+                    write(p_sum + at_x + o_x, b_sum, m, SURE)
                 else:
-                    write(p_dx + o_x, b_dx, m, SURE)
-                b_dz = join_steps(all_dz, STEPS, CHANNELS)
-                b_dB = join_steps(all_dB, STEPS, CHANNELS)
-                b_dC = join_steps(all_dC, STEPS, CHANNELS)
-                b_dp = tl.dot(b_dz, tl.trans(b_wide), input_precision=PRECISION)
-                b_dp = tl.dot(b_dB, to_B, b_dp, input_precision=PRECISION)
-                b_dp = tl.dot(b_dC, to_C, b_dp, input_precision=PRECISION)
+                    b_all = (b_dx + b_D[None, :] * b_g).to(p_dx.dtype.element_ty)
+                    write(p_dx + at_x + o_x, to_memory(b_all, STEPS * ROWS, CHANNELS, PLAIN), m, SURE)
                 p_out = (
                     p_dp
-                    + (i_c.to(tl.int64) * (Q // S) * L + at_t)[:, None] * (4 * PITCH)
+                    + (i_c.to(tl.int64) * (Q // S) * L + shift) * (4 * PITCH)
                     + k * PITCH
-                    + o_p[None, :]
+                    + (o_p[:, None] + o_columns[None, :])
                 )
-                m_p = m_t[:, None] & (o_p < PITCH)[None, :]
+                m_p = m_t[:, None] & (o_columns < PITCH)[None, :]
                 if n > 0:
-                    b_dp += tl.load(p_out, mask=m_p, other=0.0).to(tl.float32)
-                write(p_out, b_dp, m_p, FULL and PP == PITCH)
-                b_dt = projected_columns(p_row, m_t, PITCH, RP, FULL, INTERPRET)
-                b_dw = tl.dot(b_dt, b_dz, b_dw, input_precision=PRECISION)
-            tl.store(p_row_of_sums + 4 * C * (R + 1) + (k * C + o_c) * N + n, tl.sum(b_dA, 0) * LN2, mask=m_c)
+                    b_before = to_product(tl.load(p_out, mask=m_p, other=0.0), STEPS * ROWS, PP, AS_IT_LIES)
+                    b_dp += b_before.to(tl.float32)
+                b_out = to_memory(b_dp.to(p_dp.dtype.element_ty), STEPS * ROWS, PP, AS_IT_LIES)
+                write(p_out, b_out, m_p, FULL and PP == PITCH)
+            for part in tl.static_range(PARTS):
+                o = o_part[part]
+                p_dA = p_row_of_sums + 4 * C * (R + 1) + (k * C + o) * N + n
+                tl.store(p_dA, tl.sum(dA[part], 0) * LN2, mask=o < C)
             # What one lane stored another reads in the next walk.
             tl.debug_barrier()
-        tl.store(p_row_of_sums + 4 * C * R + k * C + o_c, tl.sum(b_dbias, 0) * LOG2E, mask=m_c)
-        m_w = (o_r < R)[:, None] & m_c[None, :]
-        tl.store(p_row_of_sums + (k * C + o_c)[None, :] * R + o_r[:, None], b_dw * LOG2E, mask=m_w)
-        if FIRST and sense == 0:
-            # It met every token once a state.
-            tl.store(p_row_of_sums + 4 * C * (R + 1 + N) + o_c, tl.sum(b_dD, 0) / N, mask=m_c)
+        for part in tl.static_range(PARTS):
+            o = o_part[part]
+            tl.store(p_row_of_sums + 4 * C * R + k * C + o, tl.sum(dbias[part], 0) * LOG2E, mask=o < C)
+            r = o_r - before
+            p_dw = p_row_of_sums + (k * C + o)[None, :] * R + r[:, None]
+            tl.store(p_dw, dw[part] * LOG2E, mask=((r >= 0) & (r < R))[:, None] & (o < C)[None, :])
+            if FIRST and sense == 0:
+                # It met every token once a state.
+                tl.store(p_row_of_sums + 4 * C * (R + 1 + N) + o, tl.sum(dD[part], 0) / N, mask=o < C)
+
+
+@triton.jit
+def _steps(
+    b_x, b_g, b_B, b_C, h, b_z, b_d, b_A, mu, b_dA, b_dbias, b_dD,
+    STEPS: tl.constexpr, CHANNELS: tl.constexpr, SKIP: tl.constexpr, operand: tl.constexpr, EXACT: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):  # fmt: skip
+    """Walk a tile's steps backwards: dx, dz times ln(2), dB and dC by channel; then mu and the sums, carried on."""
+    b_A2 = b_A * LN2
+    x = split_steps(b_x, STEPS, CHANNELS)
+    g = split_steps(b_g, STEPS, CHANNELS)
+    d = split_steps(b_d, STEPS, CHANNELS)
+    z = split_steps(b_z, STEPS, CHANNELS)
+    a = split_steps(exp2(b_d * b_A[None, :], not INTERPRET), STEPS, CHANNELS)
+    Bs = split_steps(b_B[:, None], STEPS, 1)
+    Cs = split_steps(b_C[:, None], STEPS, 1)
+    h = (h,)
+    for i in tl.static_range(STEPS):
+        h = h + (a[i] * h[i] + d[i] * (Bs[i] * x[i]),)
+    one = tl.full((ROWS, CHANNELS), 1.0, tl.float32)
+    all_dx = ()
+    all_dz = ()
+    all_dB = ()
+    all_dC = ()
+    # Everything of one step before the next, likewise.
+    for i in tl.static_range(STEPS):
+        lam = Cs[STEPS - 1 - i] * g[STEPS - 1 - i] + mu
+        mu = a[STEPS - 1 - i] * lam
+        ah = a[STEPS - 1 - i] * h[STEPS - 1 - i]
+        ld = lam * d[STEPS - 1 - i]
+        slope = slope2(z[STEPS - 1 - i], EXACT, INTERPRET)
+        dz = lam * (Bs[STEPS - 1 - i] * x[STEPS - 1 - i] + b_A2[None, :] * ah) * slope
+        b_dA = add_rows(b_dA, ld, ah, CHANNELS, EXACT)
+        b_dbias = add_rows(b_dbias, dz, one, CHANNELS, EXACT)
+        if SKIP:
+            b_dD = add_rows(b_dD, g[STEPS - 1 - i], x[STEPS - 1 - i], CHANNELS, EXACT)
+        all_dx = (ld * Bs[STEPS - 1 - i],) + all_dx
+        all_dz = (dz,) + all_dz
+        all_dB = (ld * x[STEPS - 1 - i],) + all_dB
+        all_dC = (g[STEPS - 1 - i] * h[STEPS - i],) + all_dC
+    return (
+        join_steps(all_dx, STEPS, CHANNELS),
+        narrow(join_steps(all_dz, STEPS, CHANNELS), operand, not INTERPRET),
+        narrow(join_steps(all_dB, STEPS, CHANNELS), operand, not INTERPRET),
+        narrow(join_steps(all_dC, STEPS, CHANNELS), operand, not INTERPRET),
+        mu,
+        b_dA,
+        b_dbias,
+        b_dD,
+    )
 
 
 @triton.jit
@@ -229,3 +318,28 @@ def ss2d_projected_sum(
     column = (at % PITCH).to(tl.int32)
     total *= tl.where(column < R, LOG2E, tl.where(column < R + N, LN2, 1.0))
     tl.store(p_out + at, total.to(p_out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def ss2d_parameter_sum(
+    p_parameters, p_dw, p_dbias, p_dA, p_dD, GROUPS,
+    C: tl.constexpr, R: tl.constexpr, N: tl.constexpr, AT_ONCE: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Add the parameters' gradients over groups, AT_ONCE together, and write each where it belongs; dD four times."""
+    WIDTH: tl.constexpr = 4 * C * (R + 1 + N) + C
+    o = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    o_g = tl.arange(0, AT_ONCE)[:, None]
+    total = tl.zeros((AT_ONCE, TILE), tl.float32)
+    for g in tl.range(0, GROUPS, AT_ONCE):
+        m = (g + o_g < GROUPS) & (o < WIDTH)[None, :]
+        total += tl.load(p_parameters + (g + o_g).to(tl.int64) * WIDTH + o[None, :], mask=m, other=0.0)
+    found = tl.sum(total, 0)
+    AT_BIAS: tl.constexpr = 4 * C * R
+    AT_A: tl.constexpr = AT_BIAS + 4 * C
+    AT_D: tl.constexpr = AT_A + 4 * C * N
+    tl.store(p_dw + o, found.to(p_dw.dtype.element_ty), mask=o < AT_BIAS)
+    tl.store(p_dbias + o - AT_BIAS, found.to(p_dbias.dtype.element_ty), mask=(o >= AT_BIAS) & (o < AT_A))
+    tl.store(p_dA + o - AT_A, found.to(p_dA.dtype.element_ty), mask=(o >= AT_A) & (o < AT_D))
+    for k in tl.static_range(4):
+        p_out = p_dD + k * C + o - AT_D
+        tl.store(p_out, found.to(p_dD.dtype.element_ty), mask=(o >= AT_D) & (o < WIDTH))

@@ -16,21 +16,29 @@ from vmamba_kernels.scan.steps import follow
 from vmamba_kernels.ss2d.registers import (
     ROWS,
     begin,
+    channel_order,
     input_and_output,
     join_steps,
+    neighbours,
+    nothing,
     place,
+    projected_rows,
     read,
     segments,
+    skips,
     split_steps,
     time_steps,
+    to_memory,
+    to_product,
     weights,
+    window,
     write,
 )
 
 
 @triton.jit
 def ss2d_ends(
-    p_x, p_p, p_w, p_bias, p_A, p_order, p_ends, p_sums, L, S, Q,
+    p_x, p_p, p_w, p_bias, p_A, p_order, p_ends, p_decays, L, S, Q,
     C: tl.constexpr, R: tl.constexpr, N: tl.constexpr, PITCH: tl.constexpr, RP: tl.constexpr,
     SPAN: tl.constexpr, STEPS: tl.constexpr,
     CHANNELS: tl.constexpr, MIRROR: tl.constexpr, FULL: tl.constexpr, WIDE: tl.constexpr,
@@ -38,43 +46,50 @@ def ss2d_ends(
     INTERPRET: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
     PAIRED: tl.constexpr,
 ):  # fmt: skip
-    """Walk each segment from zero: its end (4, Q, N, C) and its sum of time steps (4, Q, C), in units of log2."""
+    """Walk each segment from zero: its end and its decay, the product of its steps', each (4, Q, N, C)."""
     BLOCKS: tl.constexpr = (C + CHANNELS - 1) // CHANNELS
     SURE: tl.constexpr = FULL and C % CHANNELS == 0
+    PLAIN: tl.constexpr = EXACT or CHANNELS < 32
     i_g, i_c, k = tl.program_id(0) // BLOCKS, tl.program_id(0) % BLOCKS, tl.program_id(1)
-    o_c = i_c * CHANNELS + tl.arange(0, CHANNELS)
-    m_c = o_c < C
-    b_w, b_bias = weights(p_w, p_bias, k, o_c, m_c, C, R, RP, INTERPRET)
+    o_c = i_c * CHANNELS + neighbours(CHANNELS, PLAIN)
+    o_f = i_c * CHANNELS + channel_order(CHANNELS, PLAIN)
+    o_r = tl.arange(0, RP)
+    m_c, m_f = o_c < C, o_f < C
+    first, before = window(k, PITCH, RP)
+    b_w, b_bias = weights(p_w, p_bias, k, o_r - before, o_f, m_f, C, R, INTERPRET)
     row, m_row = segments(i_g, k, S, Q, MIRROR)
     origin, way, inside = begin(p_order, k, i_g, S, Q, L, SPAN, STEPS, MIRROR, WIDE, STRAIGHT)
     at = (k * Q + row).to(tl.int64)[:, None]
     m_out = m_row[:, None] & m_c[None, :]
     for n in range(N):
-        b_A = tl.load(p_A + (k * C + o_c) * N + n, mask=m_c, other=0.0)
-        h = tl.zeros((ROWS, CHANNELS), tl.float32)
-        total = tl.zeros((ROWS, CHANNELS), tl.float32)
+        b_A = tl.load(p_A + (k * C + o_f) * N + n, mask=m_f, other=0.0)
+        h = nothing(b_w, RP, CHANNELS, EXACT, INTERPRET, PRECISION)
+        decay = tl.full((ROWS, CHANNELS), 1.0, tl.float32)
         for j in tl.range(0, SPAN // STEPS, num_stages=STAGES):
-            at_t, m_t = place(p_order, k, origin, way, inside, j, S, SPAN, STEPS, FULL, STRAIGHT)
-            b_x = read(p_x + at_t[:, None] * C + o_c[None, :], m_t[:, None] & m_c[None, :], SURE)
-            p_row = p_p + at_t * (4 * PITCH) + k * PITCH
-            b_B, _b_C = input_and_output(p_row, m_t, n, R, N, PAIRED, FULL)
-            _z, b_d = time_steps(p_row, m_t, b_w, b_bias, PITCH, RP, FULL, EXACT, INTERPRET, PRECISION)
+            shift, at_t, m_t = place(p_order, k, origin, way, inside, j, S, SPAN, STEPS, FULL, STRAIGHT, WIDE)
+            b_x = read(
+                p_x + shift * C + (at_t[:, None] * C + o_c[None, :]), m_t[:, None] & m_c[None, :], SURE
+            )
+            b_x = widen(to_product(b_x, STEPS * ROWS, CHANNELS, PLAIN), not INTERPRET)
+            p_t, o_p = p_p + shift * (4 * PITCH), at_t * (4 * PITCH)
+            b_B, _b_C = input_and_output(p_t + k * PITCH, o_p, m_t, n, R, N, PAIRED, FULL)
+            b_dt = projected_rows(p_t + first, o_p, m_t, PITCH, RP, FULL, INTERPRET)
+            _z, b_d = time_steps(b_dt, m_t, b_w, b_bias, FULL, EXACT, INTERPRET, PRECISION)
             a = split_steps(exp2(b_d * b_A[None, :], not INTERPRET), STEPS, CHANNELS)
-            u = split_steps(b_d * (b_B[:, None] * widen(b_x, not INTERPRET)), STEPS, CHANNELS)
-            d = split_steps(b_d, STEPS, CHANNELS)
+            u = split_steps(b_d * (b_B[:, None] * b_x), STEPS, CHANNELS)
             for i in tl.static_range(STEPS):
                 h = a[i] * h + u[i]
-                total += d[i]
-        tl.store(p_ends + (at * N + n) * C + o_c[None, :], h, mask=m_out)
-        if n == 0:
-            tl.store(p_sums + at * C + o_c[None, :], total, mask=m_out)
+                decay *= a[i]
+        at_n = (at * N + n) * C + o_c[None, :]
+        tl.store(p_ends + at_n, to_memory(h, ROWS, CHANNELS, PLAIN), mask=m_out)
+        tl.store(p_decays + at_n, to_memory(decay, ROWS, CHANNELS, PLAIN), mask=m_out)
 
 
 @triton.jit
 def ss2d_carry(
-    p_ends, p_sums, p_A, p_starts, S, Q,
+    p_ends, p_decays, p_starts, S, Q,
     C: tl.constexpr, N: tl.constexpr, CHANNELS: tl.constexpr, SEGMENTS: tl.constexpr, REVERSE: tl.constexpr,
-    INTERPRET: tl.constexpr, STAGES: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """Give each segment the state it starts with, (4, Q, N, C); REVERSE links from the last segment to the first.
 
@@ -85,7 +100,6 @@ def ss2d_carry(
     o_c = i_c * CHANNELS + tl.arange(0, CHANNELS)
     o_s = tl.arange(0, SEGMENTS)[:, None]
     m_c = o_c < C
-    b_A = tl.load(p_A + (k * C + o_c) * N + n, mask=m_c, other=0.0)[None, :]
     way = -1 if REVERSE else 1
     first = (k * Q + i_b * S + (S - 1 if REVERSE else 0)).to(tl.int64)
     state = tl.zeros((1, CHANNELS), tl.float32)
@@ -93,9 +107,10 @@ def ss2d_carry(
     for s in tl.range(0, S - 1, SEGMENTS, num_stages=STAGES):
         m = (s + o_s < S - 1) & m_c[None, :]  # the last one's end is nobody's start
         at = first + (s + o_s) * way
-        sums = tl.load(p_sums + at * C + o_c[None, :], mask=m, other=0.0)
-        end = tl.load(p_ends + (at * N + n) * C + o_c[None, :], mask=m, other=0.0)
-        decay, end = tl.associative_scan((exp2(sums * b_A, not INTERPRET), end), 0, follow)
+        at_n = (at * N + n) * C + o_c[None, :]
+        decay = tl.load(p_decays + at_n, mask=m, other=1.0)
+        end = tl.load(p_ends + at_n, mask=m, other=0.0)
+        decay, end = tl.associative_scan((decay, end), 0, follow)
         after = decay * state + end
         tl.store(p_starts + ((at + way) * N + n) * C + o_c[None, :], after, mask=m)
         state = tl.sum(tl.where(o_s == SEGMENTS - 1, after, 0.0), 0)[None, :]
@@ -109,63 +124,75 @@ def ss2d_output(
     CHANNELS: tl.constexpr, MIRROR: tl.constexpr, FULL: tl.constexpr, WIDE: tl.constexpr,
     STRAIGHT: tl.constexpr, EXACT: tl.constexpr,
     INTERPRET: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, CARRIED: tl.constexpr, PAIRED: tl.constexpr,
-    SAVE: tl.constexpr,
+    SAVE: tl.constexpr, EVERY: tl.constexpr,
     FIRST: tl.constexpr,
 ):  # fmt: skip
-    """Walk each segment from its start and add its share to a float32 sum (Q / S, L, C); the last walk writes y.
+    """Walk each segment from its start and add its share to a sum (Q / S, L, C); the last walk writes y.
 
-    FIRST begins the sum, with the skip D x.
+    FIRST begins the sum. The skip D x, most of y as a rule, is added last, so that what lies in memory between walks,
+    and is rounded there where p_sum is y itself, is the scan's share alone.
 
-    SAVE keeps the state before each tile, (4, Q, SPAN / STEPS, N, C), for the backward.
+    SAVE keeps the state before every EVERY steps, (4, Q, SPAN / EVERY, N, C), for the backward.
     """
     TILES: tl.constexpr = SPAN // STEPS
     BLOCKS: tl.constexpr = (C + CHANNELS - 1) // CHANNELS
     SURE: tl.constexpr = FULL and C % CHANNELS == 0
+    PLAIN: tl.constexpr = EXACT or CHANNELS < 32
     i_g, i_c = tl.program_id(0) // BLOCKS, tl.program_id(0) % BLOCKS
-    o_c = i_c * CHANNELS + tl.arange(0, CHANNELS)
-    m_c = o_c < C
-    b_D = tl.load(p_D + o_c, mask=m_c, other=0.0)
+    o_c = i_c * CHANNELS + neighbours(CHANNELS, PLAIN)
+    o_f = i_c * CHANNELS + channel_order(CHANNELS, PLAIN)
+    o_r = tl.arange(0, RP)
+    m_c, m_f = o_c < C, o_f < C
+    b_D = skips(p_D, o_f, m_f, C)
     for sense in tl.static_range(2):
         k = axis + 2 * sense
-        b_w, b_bias = weights(p_w, p_bias, k, o_c, m_c, C, R, RP, INTERPRET)
+        first, before = window(k, PITCH, RP)
+        b_w, b_bias = weights(p_w, p_bias, k, o_r - before, o_f, m_f, C, R, INTERPRET)
         row, m_row = segments(i_g, k, S, Q, MIRROR)
         origin, way, inside = begin(p_order, k, i_g, S, Q, L, SPAN, STEPS, MIRROR, WIDE, STRAIGHT)
         at = (k * Q + row).to(tl.int64)[:, None]
         m_out = m_row[:, None] & m_c[None, :]
         for n in range(N):
-            b_A = tl.load(p_A + (k * C + o_c) * N + n, mask=m_c, other=0.0)
+            b_A = tl.load(p_A + (k * C + o_f) * N + n, mask=m_f, other=0.0)
             if CARRIED:
                 h = tl.load(p_starts + (at * N + n) * C + o_c[None, :], mask=m_out, other=0.0)
+                h = to_product(h, ROWS, CHANNELS, PLAIN) + nothing(
+                    b_w, RP, CHANNELS, EXACT, INTERPRET, PRECISION
+                )
             else:
-                h = tl.zeros((ROWS, CHANNELS), tl.float32)
+                h = nothing(b_w, RP, CHANNELS, EXACT, INTERPRET, PRECISION)
             for j in tl.range(0, TILES, num_stages=STAGES):
-                at_t, m_t = place(p_order, k, origin, way, inside, j, S, SPAN, STEPS, FULL, STRAIGHT)
+                shift, at_t, m_t = place(
+                    p_order, k, origin, way, inside, j, S, SPAN, STEPS, FULL, STRAIGHT, WIDE
+                )
                 m = m_t[:, None] & m_c[None, :]
+                at_x = shift * C
                 o_x = at_t[:, None] * C + o_c[None, :]
-                b_x = widen(read(p_x + o_x, m, SURE), not INTERPRET)
-                p_row = p_p + at_t * (4 * PITCH) + k * PITCH
-                b_B, b_C = input_and_output(p_row, m_t, n, R, N, PAIRED, FULL)
-                _z, b_d = time_steps(p_row, m_t, b_w, b_bias, PITCH, RP, FULL, EXACT, INTERPRET, PRECISION)
-                if SAVE:
-                    p_tile = p_tiles + ((at * TILES + j) * N + n) * C + o_c[None, :]
-                    write(p_tile, h, m_out, SURE)
+                b_x = to_product(read(p_x + at_x + o_x, m, SURE), STEPS * ROWS, CHANNELS, PLAIN)
+                b_x = widen(b_x, not INTERPRET)
+                p_t, o_p = p_p + shift * (4 * PITCH), at_t * (4 * PITCH)
+                b_B, b_C = input_and_output(p_t + k * PITCH, o_p, m_t, n, R, N, PAIRED, FULL)
+                b_dt = projected_rows(p_t + first, o_p, m_t, PITCH, RP, FULL, INTERPRET)
+                _z, b_d = time_steps(b_dt, m_t, b_w, b_bias, FULL, EXACT, INTERPRET, PRECISION)
                 a = split_steps(exp2(b_d * b_A[None, :], not INTERPRET), STEPS, CHANNELS)
                 u = split_steps(b_d * (b_B[:, None] * b_x), STEPS, CHANNELS)
                 states = ()
                 for i in tl.static_range(STEPS):
+                    if SAVE and i % EVERY == 0:
+                        saved = to_memory(h.to(p_tiles.dtype.element_ty), ROWS, CHANNELS, PLAIN)
+                        at_tile = (at * (SPAN // EVERY) + (j * STEPS + i) // EVERY) * N + n
+                        write(p_tiles + at_tile * C + o_c[None, :], saved, m_out, SURE)
                     h = a[i] * h + u[i]
                     states = states + (h,)
-                if FIRST and sense == 0:
-                    if n == 0:
-                        b_y = b_D[None, :] * b_x
-                    else:
-                        b_y = read(p_sum + o_x, m, SURE)
-                else:
-                    b_y = read(p_sum + o_x, m, SURE)
-                b_y += b_C[:, None] * join_steps(states, STEPS, CHANNELS)
+                b_y = b_C[:, None] * join_steps(states, STEPS, CHANNELS)
+                if not FIRST or sense == 1 or n > 0:
+                    b_sum = to_product(read(p_sum + at_x + o_x, m, SURE), STEPS * ROWS, CHANNELS, PLAIN)
+                    b_y += widen(b_sum, not INTERPRET)
                 if FIRST or sense == 0 or n < N - 1:
-                    write(p_sum + o_x, b_y, m, SURE)
+                    b_sum = to_memory(b_y.to(p_sum.dtype.element_ty), STEPS * ROWS, CHANNELS, PLAIN)
+                    write(p_sum + at_x + o_x, b_sum, m, SURE)
                 else:
-                    write(p_y + o_x, b_y, m, SURE)
+                    b_all = (b_y + b_D[None, :] * b_x).to(p_y.dtype.element_ty)
+                    write(p_y + at_x + o_x, to_memory(b_all, STEPS * ROWS, CHANNELS, PLAIN), m, SURE)
             # What one lane stored another reads in the next walk.
             tl.debug_barrier()
