@@ -43,7 +43,7 @@ SPANS = (7, 14, 16, 28, 32, 40, 48, 52, 56, 64, 84, 112)
 STEPS = (1, 2, 4)
 MOST_PADDING = 0.15  # of a sequence's steps
 MOST_SEGMENTS = 128  # of a sequence: beyond it more of them bring no parallelism that is missing
-STAGES = (3, 5, 7)
+STAGES = (3, 5, 6, 7)
 # Channels, warps and most registers (0: no cap) of each kernel; a plan takes one of each column.
 ENDS = ((32, 1), (16, 1), (64, 2))
 OUTPUT = ((32, 1, 0), (32, 1, 168), (32, 1, 128), (16, 1, 0), (16, 1, 96))
@@ -315,7 +315,14 @@ def main() -> None:
         "--samples", type=int, default=5, help="timed calls of each kernel; their median counts"
     )
     parser.add_argument("--spans", nargs="+", type=int, default=SPANS, help="steps a segment to try")
-    parser.add_argument("--steps", nargs="+", type=int, choices=STEPS, default=STEPS, help="a tile, to try")
+    parser.add_argument(
+        "--steps",
+        nargs="+",
+        type=int,
+        choices=STEPS,
+        default=STEPS,
+        help="a tile, to try: of the gradients and, multiples of these, of the other kernels",
+    )
     parser.add_argument("--quick", action="store_true", help="no masked segments, no deeper pipelines")
     parser.add_argument(
         "--processes", type=int, default=max(1, (os.cpu_count() or 2) - 1), help="that compile"

@@ -376,6 +376,30 @@ def test_triton_in_half_precision_errs_by_its_rounding(dtype, shape, plan, cut):
     assert above(errors(tensors(shape, dtype)), tolerance) == {}
 
 
+def test_two_directions_beyond_float16_that_cancel_are_summed(cut):
+    """8e4 of one direction and -8e4 of the other: y is what is left, in every sum of walks but float16's."""
+    cut(SMALL)
+    inputs = tensors(ImageShape(1, 1, 1, 8, 1), torch.float16)
+    inputs["x"].fill_(400)
+    inputs["dt_weight"].zero_()
+    inputs["dt_bias"].fill_(0.55)
+    inputs["A"].fill_(-1)
+    inputs["projected"].view(4, 3)[:] = torch.tensor([[0.0, 1, 200], [0, 1, 0], [0, 1, -200], [0, 1, 0]])
+    found, expected = (
+        ss2d_scan(**{n: t.to(dtype) for n, t in inputs.items() if n != "dy"}, backend=backend)
+        for dtype, backend in ((None, "triton"), (torch.float64, "torch"))
+    )
+    assert relative_rms(found, expected) <= TOLERANCE[torch.float16]
+
+
+@pytest.mark.parametrize(
+    "plan", [{"walked": 3}, {"steps": 4, "walked": 2}, {"span": 6, "steps": 1, "walked": 4}], ids=str
+)
+def test_a_plan_whose_tiles_do_not_fit_is_refused(plan):
+    with pytest.raises(ValueError, match=f"walked={plan['walked']}: use"):
+        Plan(**plan)
+
+
 @pytest.mark.parametrize("shape", [CUT, ImageShape(2, 1, 1, 8, 1)], ids=str)
 def test_a_sum_of_four_directions_without_a_skip_errs_by_four_roundings(shape, cut):
     """With one, what is rounded between walks is a small part. The interpreter cuts off, four times the same way."""

@@ -36,7 +36,8 @@ def ss2d_scan(
     """Scan x (B, H, W, C) in four directions and add the outputs -> (B, H, W, C) in x's dtype.
 
     projected (B, H, W, 4*P), P >= R+2N, holds [dt R | B N | C N | filling] of each direction for the un-permuted
-    tokens; the filling must be finite, and a P that is a multiple of 8 is read fastest. dt_weight is (4, C, R),
+    tokens; the filling must be finite, and a P that is a multiple of 8 is read fastest. What is not finite in one
+    direction's columns of a token may reach the other directions' scans. dt_weight is (4, C, R),
     dt_bias (4, C), A (4*C, N) negative, D (4*C). The state is float32 at least.
     Raises ValueError for shapes or a pattern that do not fit, BackendError for a backend that cannot run here.
     """

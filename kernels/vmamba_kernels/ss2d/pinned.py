@@ -121,7 +121,8 @@ def configurations(
     summed = {"BLOCKS": blocks, "PITCH": pitch, "R": rank, "N": state, "TILE": _SUM_TILE}
     yield _one(shape, ss2d_projected_sum, dtype, summed, {"num_warps": 4})
     summed = {"C": channels, "R": rank, "N": state, **PARAMETER_TILE}
-    yield _one(shape, ss2d_parameter_sum, dtype, summed, {"num_warps": summed.pop("num_warps")})
+    chosen = {"num_warps": summed.pop("num_warps")}
+    yield _one(shape, ss2d_parameter_sum, dtype, summed, chosen)
     if count > 1:
         yield from _carries(shape, channels, state, dtype, count)
 

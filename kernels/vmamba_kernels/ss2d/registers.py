@@ -10,7 +10,7 @@ exchange between threads; splitting a tile by steps renames registers and moves 
 import triton
 import triton.language as tl
 
-from vmamba_kernels.exponents import LN2, LOG2E, exp2, log2, reciprocal
+from vmamba_kernels.exponents import LN2, LOG2E, exp2, log2, reciprocal, widen
 from vmamba_kernels.ss2d import tiles
 
 ROWS = tl.constexpr(tiles.ROWS)
@@ -253,18 +253,17 @@ def no_sum(zeros, CHANNELS: tl.constexpr, EXACT: tl.constexpr):
 
 
 @triton.jit
-def add_rows(total, a, b, CHANNELS: tl.constexpr, EXACT: tl.constexpr):
-    """total plus a * b (ROWS, CHANNELS), for a sum over rows: of the first half of them and then of the second.
+def add_rows(total, x, CHANNELS: tl.constexpr, EXACT: tl.constexpr):
+    """total plus x (ROWS, CHANNELS), for a sum over rows: the first half of them and then the second.
 
     A thread holds a row of either half, so total takes half of the registers. Not in float32, whose products have
     another layout.
     """
     if EXACT:
-        return total + a * b
+        return total + x
     else:
-        a0, a1 = _halves(a, ROWS, CHANNELS)
-        b0, b1 = _halves(b, ROWS, CHANNELS)
-        return (total + a0 * b0) + a1 * b1
+        upper, lower = _halves(x, ROWS, CHANNELS)
+        return (total + upper) + lower
 
 
 @triton.jit
@@ -289,7 +288,9 @@ def channel_order(CHANNELS: tl.constexpr, PLAIN: tl.constexpr):
     In a product's result four threads share a row and each holds two columns of every eight. Were these neighbours,
     a tile of 16-bit numbers would go through shared memory, with conflicts, between its load and its use and once
     more before it is stored. So columns stand for channels in the order in which a thread's are CHANNELS / 4
-    consecutive ones: with 32, the 16 bytes that it loads and stores at once.
+    consecutive ones: with 32, the 16 bytes that it loads and stores at once. PLAIN: as they lie, where that does not
+    hold: of fewer channels a thread would take 8 bytes, which cost more than the conflicts, and numbers of 32 bits
+    lie otherwise.
     """
     f = tl.arange(0, CHANNELS)
     if PLAIN:
@@ -324,6 +325,28 @@ def to_memory(x, M: tl.constexpr, CHANNELS: tl.constexpr, PLAIN: tl.constexpr):
         return x
     else:
         return tl.reshape(tl.permute(tl.reshape(x, (M, CHANNELS // 8, 4, 2)), (0, 2, 1, 3)), (M, CHANNELS))
+
+
+@triton.jit
+def read_product(
+    p,
+    mask,
+    SURE: tl.constexpr,
+    M: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    PLAIN: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
+    """Read a tile (M, CHANNELS) into float32, in channel_order."""
+    return widen(to_product(read(p, mask, SURE), M, CHANNELS, PLAIN), not INTERPRET)
+
+
+@triton.jit
+def write_product(
+    p, value, mask, SURE: tl.constexpr, M: tl.constexpr, CHANNELS: tl.constexpr, PLAIN: tl.constexpr
+):
+    """Write what read_product read, in the type of the memory."""
+    write(p, to_memory(value.to(p.dtype.element_ty), M, CHANNELS, PLAIN), mask, SURE)
 
 
 @triton.jit

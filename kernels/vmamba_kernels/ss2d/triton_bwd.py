@@ -11,7 +11,7 @@ over channel blocks of a projection's gradient, and those over programs, are add
 import triton
 import triton.language as tl
 
-from vmamba_kernels.exponents import LN2, LOG2E, exp2, narrow, widen
+from vmamba_kernels.exponents import LN2, LOG2E, exp2, narrow
 from vmamba_kernels.ss2d.registers import (
     ROWS,
     add_rows,
@@ -26,7 +26,7 @@ from vmamba_kernels.ss2d.registers import (
     place,
     projected_columns,
     projected_rows,
-    read,
+    read_product,
     segments,
     skips,
     slope2,
@@ -38,7 +38,7 @@ from vmamba_kernels.ss2d.registers import (
     to_product,
     weights,
     window,
-    write,
+    write_product,
 )
 
 
@@ -76,10 +76,9 @@ def ss2d_adjoint_ends(
             shift, at_t, m_t = place(
                 p_order, k, origin, way, inside, TILES - 1 - back, S, SPAN, STEPS, FULL, STRAIGHT, WIDE
             )
-            b_g = read(
-                p_g + shift * C + (at_t[:, None] * C + o_c[None, :]), m_t[:, None] & m_c[None, :], SURE
-            )
-            b_g = widen(to_product(b_g, STEPS * ROWS, CHANNELS, PLAIN), not INTERPRET)
+            m = m_t[:, None] & m_c[None, :]
+            o_x = at_t[:, None] * C + o_c[None, :]
+            b_g = read_product(p_g + shift * C + o_x, m, SURE, STEPS * ROWS, CHANNELS, PLAIN, INTERPRET)
             p_t, o_p = p_p + shift * (4 * PITCH), at_t * (4 * PITCH)
             _b_B, b_C = input_and_output(p_t + k * PITCH, o_p, m_t, n, R, N, PAIRED, FULL)
             b_dt = projected_rows(p_t + first, o_p, m_t, PITCH, RP, FULL, INTERPRET)
@@ -123,9 +122,7 @@ def ss2d_gradients(
     # A thread's consecutive channels are dealt to the parts in turn.
     o_part = split_columns(o_f, CHANNELS, PARTS)
     o_r = tl.arange(0, RP)
-    LATE: tl.constexpr = (
-        EXACT  # loads the projection's rows a second time only where they are used, for want of registers
-    )
+    # Of 64 columns a thread would have 32 bytes, which no store takes at once.
     AS_IT_LIES: tl.constexpr = EXACT or PP > 32
     o_columns = neighbours(PP, AS_IT_LIES)
     o_pf = channel_order(PP, AS_IT_LIES)
@@ -171,17 +168,14 @@ def ss2d_gradients(
                 m = m_t[:, None] & m_c[None, :]
                 at_x = shift * C
                 o_x = at_t[:, None] * C + o_c[None, :]
-                b_x = to_product(read(p_x + at_x + o_x, m, SURE), STEPS * ROWS, CHANNELS, PLAIN)
-                b_x = widen(b_x, not INTERPRET)
-                b_g = to_product(read(p_g + at_x + o_x, m, SURE), STEPS * ROWS, CHANNELS, PLAIN)
-                b_g = widen(b_g, not INTERPRET)
+                b_x = read_product(p_x + at_x + o_x, m, SURE, STEPS * ROWS, CHANNELS, PLAIN, INTERPRET)
+                b_g = read_product(p_g + at_x + o_x, m, SURE, STEPS * ROWS, CHANNELS, PLAIN, INTERPRET)
                 p_t, o_p = p_p + shift * (4 * PITCH), at_t * (4 * PITCH)
                 b_B, b_C = input_and_output(p_t + k * PITCH, o_p, m_t, n, R, N, PAIRED, FULL)
                 p_tile = p_tiles + ((at * TILES + j) * N + n) * C + o_c[None, :]
-                b_h = to_product(read(p_tile, m_out, SURE), ROWS, CHANNELS, PLAIN)
-                b_h = widen(b_h, not INTERPRET)
+                b_h = read_product(p_tile, m_out, SURE, ROWS, CHANNELS, PLAIN, INTERPRET)
                 b_dt = projected_rows(p_t + first, o_p, m_t, PITCH, RP, FULL, INTERPRET)
-                if not LATE:
+                if not EXACT:
                     b_dt_turned = projected_columns(p_t + first, o_p, m_t, PITCH, RP, FULL, INTERPRET)
                 x = split_channels(b_x, STEPS * ROWS, CHANNELS, PARTS)
                 g = split_channels(b_g, STEPS * ROWS, CHANNELS, PARTS)
@@ -199,7 +193,7 @@ def ss2d_gradients(
                     b_dp = tl.dot(dz, tl.trans(wide[part]), b_dp, input_precision=PRECISION)
                     b_dp = tl.dot(dB, to_B, b_dp, input_precision=PRECISION)
                     b_dp = tl.dot(dC, to_C, b_dp, input_precision=PRECISION)
-                    if LATE:
+                    if EXACT:  # so late, or a product of float32 holds it in registers all the while
                         b_dt_turned = projected_columns(p_t + first, o_p, m_t, PITCH, RP, FULL, INTERPRET)
                     new_dw += (tl.dot(b_dt_turned, dz, dw[part], input_precision=PRECISION),)
                     all_dx += (dx,)
@@ -208,14 +202,14 @@ def ss2d_gradients(
                 mu, dA, dw, dbias, dD = new_mu, new_dA, new_dw, new_dbias, new_dD
                 b_dx = join_channels(all_dx, STEPS * ROWS, CHANNELS, PARTS)
                 if not FIRST or sense == 1 or n > 0:
-                    b_sum = to_product(read(p_sum + at_x + o_x, m, SURE), STEPS * ROWS, CHANNELS, PLAIN)
-                    b_dx += widen(b_sum, not INTERPRET)
+                    b_dx += read_product(
+                        p_sum + at_x + o_x, m, SURE, STEPS * ROWS, CHANNELS, PLAIN, INTERPRET
+                    )
                 if FIRST or sense == 0 or n < N - 1:
-                    b_sum = to_memory(b_dx.to(p_sum.dtype.element_ty), STEPS * ROWS, CHANNELS, PLAIN)
-                    write(p_sum + at_x + o_x, b_sum, m, SURE)
+                    write_product(p_sum + at_x + o_x, b_dx, m, SURE, STEPS * ROWS, CHANNELS, PLAIN)
                 else:
-                    b_all = (b_dx + b_D[None, :] * b_g).to(p_dx.dtype.element_ty)
-                    write(p_dx + at_x + o_x, to_memory(b_all, STEPS * ROWS, CHANNELS, PLAIN), m, SURE)
+                    b_all = b_dx + b_D[None, :] * b_g
+                    write_product(p_dx + at_x + o_x, b_all, m, SURE, STEPS * ROWS, CHANNELS, PLAIN)
                 p_out = (
                     p_dp
                     + (i_c.to(tl.int64) * (Q // S) * L + shift) * (4 * PITCH)
@@ -224,10 +218,8 @@ def ss2d_gradients(
                 )
                 m_p = m_t[:, None] & (o_columns < PITCH)[None, :]
                 if n > 0:
-                    b_before = to_product(tl.load(p_out, mask=m_p, other=0.0), STEPS * ROWS, PP, AS_IT_LIES)
-                    b_dp += b_before.to(tl.float32)
-                b_out = to_memory(b_dp.to(p_dp.dtype.element_ty), STEPS * ROWS, PP, AS_IT_LIES)
-                write(p_out, b_out, m_p, FULL and PP == PITCH)
+                    b_dp += read_product(p_out, m_p, False, STEPS * ROWS, PP, AS_IT_LIES, INTERPRET)
+                write_product(p_out, b_dp, m_p, FULL and PP == PITCH, STEPS * ROWS, PP, AS_IT_LIES)
             for part in tl.static_range(PARTS):
                 o = o_part[part]
                 p_dA = p_row_of_sums + 4 * C * (R + 1) + (k * C + o) * N + n
@@ -263,7 +255,6 @@ def _steps(
     h = (h,)
     for i in tl.static_range(STEPS):
         h = h + (a[i] * h[i] + d[i] * (Bs[i] * x[i]),)
-    one = tl.full((ROWS, CHANNELS), 1.0, tl.float32)
     all_dx = ()
     all_dz = ()
     all_dB = ()
@@ -276,10 +267,10 @@ def _steps(
         ld = lam * d[STEPS - 1 - i]
         slope = slope2(z[STEPS - 1 - i], EXACT, INTERPRET)
         dz = lam * (Bs[STEPS - 1 - i] * x[STEPS - 1 - i] + b_A2[None, :] * ah) * slope
-        b_dA = add_rows(b_dA, ld, ah, CHANNELS, EXACT)
-        b_dbias = add_rows(b_dbias, dz, one, CHANNELS, EXACT)
+        b_dA = add_rows(b_dA, ld * ah, CHANNELS, EXACT)
+        b_dbias = add_rows(b_dbias, dz, CHANNELS, EXACT)
         if SKIP:
-            b_dD = add_rows(b_dD, g[STEPS - 1 - i], x[STEPS - 1 - i], CHANNELS, EXACT)
+            b_dD = add_rows(b_dD, g[STEPS - 1 - i] * x[STEPS - 1 - i], CHANNELS, EXACT)
         all_dx = (ld * Bs[STEPS - 1 - i],) + all_dx
         all_dz = (dz,) + all_dz
         all_dB = (ld * x[STEPS - 1 - i],) + all_dB

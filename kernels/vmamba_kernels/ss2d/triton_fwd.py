@@ -11,7 +11,7 @@ launch and both senses in one program, so that no direction has a tensor of its 
 import triton
 import triton.language as tl
 
-from vmamba_kernels.exponents import exp2, widen
+from vmamba_kernels.exponents import exp2
 from vmamba_kernels.scan.steps import follow
 from vmamba_kernels.ss2d.registers import (
     ROWS,
@@ -23,7 +23,7 @@ from vmamba_kernels.ss2d.registers import (
     nothing,
     place,
     projected_rows,
-    read,
+    read_product,
     segments,
     skips,
     split_steps,
@@ -32,7 +32,7 @@ from vmamba_kernels.ss2d.registers import (
     to_product,
     weights,
     window,
-    write,
+    write_product,
 )
 
 
@@ -67,10 +67,9 @@ def ss2d_ends(
         decay = tl.full((ROWS, CHANNELS), 1.0, tl.float32)
         for j in tl.range(0, SPAN // STEPS, num_stages=STAGES):
             shift, at_t, m_t = place(p_order, k, origin, way, inside, j, S, SPAN, STEPS, FULL, STRAIGHT, WIDE)
-            b_x = read(
-                p_x + shift * C + (at_t[:, None] * C + o_c[None, :]), m_t[:, None] & m_c[None, :], SURE
-            )
-            b_x = widen(to_product(b_x, STEPS * ROWS, CHANNELS, PLAIN), not INTERPRET)
+            m = m_t[:, None] & m_c[None, :]
+            o_x = at_t[:, None] * C + o_c[None, :]
+            b_x = read_product(p_x + shift * C + o_x, m, SURE, STEPS * ROWS, CHANNELS, PLAIN, INTERPRET)
             p_t, o_p = p_p + shift * (4 * PITCH), at_t * (4 * PITCH)
             b_B, _b_C = input_and_output(p_t + k * PITCH, o_p, m_t, n, R, N, PAIRED, FULL)
             b_dt = projected_rows(p_t + first, o_p, m_t, PITCH, RP, FULL, INTERPRET)
@@ -168,8 +167,7 @@ def ss2d_output(
                 m = m_t[:, None] & m_c[None, :]
                 at_x = shift * C
                 o_x = at_t[:, None] * C + o_c[None, :]
-                b_x = to_product(read(p_x + at_x + o_x, m, SURE), STEPS * ROWS, CHANNELS, PLAIN)
-                b_x = widen(b_x, not INTERPRET)
+                b_x = read_product(p_x + at_x + o_x, m, SURE, STEPS * ROWS, CHANNELS, PLAIN, INTERPRET)
                 p_t, o_p = p_p + shift * (4 * PITCH), at_t * (4 * PITCH)
                 b_B, b_C = input_and_output(p_t + k * PITCH, o_p, m_t, n, R, N, PAIRED, FULL)
                 b_dt = projected_rows(p_t + first, o_p, m_t, PITCH, RP, FULL, INTERPRET)
@@ -179,20 +177,18 @@ def ss2d_output(
                 states = ()
                 for i in tl.static_range(STEPS):
                     if SAVE and i % EVERY == 0:
-                        saved = to_memory(h.to(p_tiles.dtype.element_ty), ROWS, CHANNELS, PLAIN)
                         at_tile = (at * (SPAN // EVERY) + (j * STEPS + i) // EVERY) * N + n
-                        write(p_tiles + at_tile * C + o_c[None, :], saved, m_out, SURE)
+                        p_tile = p_tiles + at_tile * C + o_c[None, :]
+                        write_product(p_tile, h, m_out, SURE, ROWS, CHANNELS, PLAIN)
                     h = a[i] * h + u[i]
                     states = states + (h,)
                 b_y = b_C[:, None] * join_steps(states, STEPS, CHANNELS)
                 if not FIRST or sense == 1 or n > 0:
-                    b_sum = to_product(read(p_sum + at_x + o_x, m, SURE), STEPS * ROWS, CHANNELS, PLAIN)
-                    b_y += widen(b_sum, not INTERPRET)
+                    b_y += read_product(p_sum + at_x + o_x, m, SURE, STEPS * ROWS, CHANNELS, PLAIN, INTERPRET)
                 if FIRST or sense == 0 or n < N - 1:
-                    b_sum = to_memory(b_y.to(p_sum.dtype.element_ty), STEPS * ROWS, CHANNELS, PLAIN)
-                    write(p_sum + at_x + o_x, b_sum, m, SURE)
+                    write_product(p_sum + at_x + o_x, b_y, m, SURE, STEPS * ROWS, CHANNELS, PLAIN)
                 else:
-                    b_all = (b_y + b_D[None, :] * b_x).to(p_y.dtype.element_ty)
-                    write(p_y + at_x + o_x, to_memory(b_all, STEPS * ROWS, CHANNELS, PLAIN), m, SURE)
+                    b_all = b_y + b_D[None, :] * b_x
+                    write_product(p_y + at_x + o_x, b_all, m, SURE, STEPS * ROWS, CHANNELS, PLAIN)
             # What one lane stored another reads in the next walk.
             tl.debug_barrier()
