@@ -69,9 +69,7 @@ class _Core(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, plan: block.Plan, *weights: Tensor) -> Tensor:
-        cast = [torch.empty_like(t, dtype=x.dtype) for t in weights[:2]]
-        torch._foreach_copy_(cast, weights[:2])
-        w = block.Core(*cast, *weights[2:])
+        w = block.made(block.Core(*weights), plan, x.dtype)
         y, projected, states = block.core(x, plan, w, save=True)
         ctx.plan = plan
         ctx.save_for_backward(x, projected, states, *w)
@@ -80,16 +78,13 @@ class _Core(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, projected, states, *w = ctx.saved_tensors
-        dx, found = block.core_backward(dy, x, projected, states, ctx.plan, block.Core(*w))
-        wide = [torch.empty_like(t, dtype=torch.float32) for t in found[:2]]
-        torch._foreach_copy_(wide, found[:2])
-        return dx, None, *wide, *found[2:]
+        dx, found = block.core_backward(dy, x, projected, states, ctx.plan, block.Core(*w), torch.float32)
+        return dx, None, *found
 
 
 def fused(x_BHWC: Tensor, w: Weights, backend: str) -> Tensor:
     """Run the span as the model's blocks do: one projection of the tokens as they lie, one scan → (B, H, W, C)."""
-    rank, state = w.dt.shape[2], w.a_log.shape[1]
-    plan = block.Plan(0.0, rank, state, "cross2d", backend_for(backend, x_BHWC))
+    plan = block.Plan(0.0, "cross2d", backend_for(backend, x_BHWC))
     with torch.autocast(x_BHWC.device.type, enabled=False):
         y: Tensor = _Core.apply(x_BHWC, plan, w.x_proj, w.dt, w.dt_bias, w.a_log, w.skip)
     return y

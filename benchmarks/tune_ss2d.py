@@ -44,10 +44,12 @@ STEPS = (1, 2, 4)
 MOST_PADDING = 0.15  # of a sequence's steps
 MOST_SEGMENTS = 128  # of a sequence: beyond it more of them bring no parallelism that is missing
 STAGES = (3, 5, 6, 7)
-# Channels, warps and most registers (0: no cap) of each kernel; a plan takes one of each column.
+# Channels, warps, most registers (0: no cap) of each kernel, and whether dz is kept; a plan takes one of each column.
 ENDS = ((32, 1), (16, 1), (64, 2))
 OUTPUT = ((32, 1, 0), (32, 1, 168), (32, 1, 128), (16, 1, 0), (16, 1, 96))
-GRADIENTS = ((16, 1, 0), (32, 1, 0), (16, 1, 168))
+GRADIENTS = (
+    (16, 1, 0, False), (32, 1, 0, False), (16, 1, 168, False), (32, 1, 168, True), (32, 1, 0, True),
+)  # fmt: skip
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 TOLERANCE = {"bf16": 4e-3, "fp32": 3e-6}  # relative RMS
 CANCELLATION = 10  # how much more a parameter's gradient may err: a sum over every token that mostly cancels
@@ -122,11 +124,12 @@ def _plan(
     stages: int,
     ends: tuple[int, int] | None,
     output: tuple[int, int, int] | None,
-    gradients: tuple[int, int, int] | None,
+    gradients: tuple[int, int, int, bool] | None,
 ) -> Plan:
     (a, a_warps), (b, b_warps, b_cap) = ends or ENDS[0], output or OUTPUT[0]
-    c, c_warps, c_cap = gradients or GRADIENTS[0]
-    return Plan(span, steps, a, b, c, a_warps, b_warps, c_warps, stages, stages, stages, b_cap, c_cap, walked)
+    c, c_warps, c_cap, apart = gradients or GRADIENTS[0]
+    warps, depths = (a_warps, b_warps, c_warps), (stages, stages, stages)
+    return Plan(span, steps, a, b, c, *warps, *depths, b_cap, c_cap, walked, apart)
 
 
 def run(inputs: dict[str, Tensor], plan: Plan) -> dict[str, Tensor]:
@@ -206,7 +209,8 @@ def choose(measured: dict[Plan, dict[str, float]]) -> tuple[Plan, float]:
         return measured[plan]["ss2d_output"]
 
     def gradients(plan: Plan) -> float:
-        return measured[plan]["ss2d_gradients"] + measured[plan]["ss2d_projected_sum"]
+        what_follows = ("projected_sum", "projected_product", "weight_product", "parameter_sum")
+        return sum(measured[plan][f"ss2d_{name}"] for name in ("gradients", *what_follows))
 
     def mixtures() -> Iterator[tuple[Plan, float]]:
         for plans in groups.values():
@@ -221,6 +225,7 @@ def choose(measured: dict[Plan, dict[str, float]]) -> tuple[Plan, float]:
                 gradients_warps=c.gradients_warps,
                 gradients_stages=c.gradients_stages,
                 gradients_registers=c.gradients_registers,
+                apart=c.apart,
             )
             yield mixed, ends(a) + output(b) + gradients(c) + measured[a]["ss2d_carry"]
 
@@ -240,7 +245,7 @@ def tune(problem: Problem, plans: list[Plan], gpu: Gpu, batch: int, samples: int
         label = (
             f"  span {plan.span:3} steps {plan.steps}, {plan.walked} stages {plan.ends_stages} channels x warps "
             f"{plan.ends}x{plan.ends_warps} {plan.output}x{plan.output_warps}/{plan.output_registers} "
-            f"{plan.gradients}x{plan.gradients_warps}/{plan.gradients_registers}"
+            f"{plan.gradients}x{plan.gradients_warps}/{plan.gradients_registers}{' apart' if plan.apart else ''}"
         )
         wrong = fault(small, truth, plan, problem.dtype)
         if wrong:

@@ -76,6 +76,12 @@ def generation(device: torch.device) -> str:
 
 
 @cache
+def overlaps_launches(device: torch.device) -> bool:
+    """Return whether a kernel may begin before the one before it ends (programmatic dependent launch: sm_90 and on)."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+@cache
 def _announce(device_type: str, chosen: str) -> None:
     path = "as Triton kernels" if chosen == "triton" else "on the PyTorch path"
     _log.info("selective scans on %s run %s", device_type, path)

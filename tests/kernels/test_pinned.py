@@ -40,16 +40,21 @@ TARGETS = (80, 90)
 # A configuration's name begins with -> the bytes of stack a thread may use, and why. The longest match counts.
 REGISTER_BOUND = "register-bound: see docs/kernels.md"
 ALLOWED_SPILLS: dict[str, tuple[int, str]] = {
-    "ss2d_gradients bf16 C96 ": (64, REGISTER_BOUND),
+    "ss2d_gradients bf16 C96 ": (72, REGISTER_BOUND),
     "ss2d_gradients bf16 C192 R12 N1 ": (88, REGISTER_BOUND),
-    "ss2d_gradients bf16 C384 ": (208, REGISTER_BOUND),
-    "ss2d_gradients bf16 C768 ": (256, REGISTER_BOUND),
+    "ss2d_gradients bf16 C384 ": (72, REGISTER_BOUND),
+    "ss2d_gradients bf16 C768 ": (272, "capped at 168 registers: .096 ms for .104 in stage 4"),
     "ss2d_gradients bf16 C192 R6 N16 ": (1072, f"untimed since it was 664; {REGISTER_BOUND}"),
-    "ss2d_gradients fp32 C96 ": (504, REGISTER_BOUND),
-    "ss2d_output bf16 C192 R12 ": (16, "ptxas stops at 168 registers in inference"),
+    "ss2d_gradients fp32 C96 ": (496, REGISTER_BOUND),
+    "ss2d_output bf16 C96 ": (8, "with Triton 3.6 alone"),
+    "ss2d_output bf16 C192 R12 ": (16, "capped at 168 registers: .200 ms for .205 in stage 2"),
     "ss2d_output bf16 C192 R6 N16 ": (296, f"untimed since it was 64; {REGISTER_BOUND}"),
-    "ss2d_output bf16 C384 ": (16, "ptxas stops at 168 registers in inference"),
-    "ss2d_output bf16 C768 ": (8, "with Triton 3.8 alone: ptxas stops at 168 registers in inference"),
+    "ss2d_output bf16 C384 ": (80, "capped at 168 registers: .102 ms for .109 in stage 3"),
+    "ss2d_output bf16 C768 ": (
+        160,
+        "capped at 168 registers: .053 ms for .075 in stage 4, .111 for .119 at 1024 px",
+    ),
+    "ss2d_weight_product bf16 C768 ": (8, "with Triton 3.6 alone, and on sm_80"),
 }
 
 
@@ -78,6 +83,8 @@ def compile_part(part: int, of: int, targets: list[int]) -> None:
     for target, (name, kernel, types, constants, chosen) in jobs[part::of]:
         begin = time.perf_counter()
         names = kernel.arg_names
+        if "EARLY" in constants and target >= 90:
+            constants = constants | {"EARLY": 2}
         # What a launch tells Triton: torch's memory begins at a multiple of 16 bytes.
         attributes = {
             (i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if types.get(n, "").startswith("*")
@@ -205,7 +212,8 @@ def test_what_a_launch_passes_is_pinned(channels, rank, length, monkeypatch):
     monkeypatch.setattr(fused, "interpreted", lambda: False)
     monkeypatch.setattr(tiles, "pinned_plans", dict)
     side = round(length**0.5)
-    inputs = ImageShape(4, side, side, channels, rank).inputs()
+    batch = 4 if length > 49 else 24  # a number that is 1 would be a constant: the groups of tokens
+    inputs = ImageShape(batch, side, side, channels, rank).inputs()
     x, dy = inputs["x"].bfloat16(), inputs["dy"].bfloat16()
     projected = torch.nn.functional.pad(
         inputs["projected"].bfloat16().unflatten(-1, (4, -1)), (0, -(rank + 2) % 8)
@@ -216,8 +224,11 @@ def test_what_a_launch_passes_is_pinned(channels, rank, length, monkeypatch):
         assert y.shape == x.shape
         if save:
             fused.backward(dy, saved, x, projected, *others, "cross2d")
+    x_proj = torch.zeros(4 * (rank + 2), channels)
+    made = fused.weights(x_proj, inputs["dt_weight"].float(), inputs["A"].float(), torch.bfloat16)
+    fused.weight_gradients(*made[:2], made[2], made[2], torch.float32)
     listed = [(c[1].__name__, *c[2:]) for c in pinned.pinned()]
-    assert len(launched) == 2 * 4 + 6
+    assert len(launched) == 2 * 4 + (7 if channels > 512 else 6) + 2
     for launch in launched:
         assert launch in listed, launch
 

@@ -3,6 +3,7 @@
 The Triton kernels run where there is a GPU, else in Triton's interpreter, which knows every law but speed.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,7 @@ from vmamba_dist.models.ss2d import SS2D
 from vmamba_kernels import PATTERNS, BackendError, backend, scan_order, ss2d_scan
 from vmamba_kernels.scan import recurrence
 from vmamba_kernels.ss2d import fast, fused, tiles
+from vmamba_kernels.ss2d.op import scan_weight_gradients, scan_weights
 from vmamba_kernels.ss2d.reference import ss2d_scan_reference
 from vmamba_kernels.ss2d.tiles import Plan
 from vmamba_kernels.testing import (
@@ -217,6 +219,7 @@ LINKED = Plan(span=2, steps=1, ends=16, output=16, gradients=16)
 WIDE = Plan(
     span=4, steps=1, walked=2, ends=32, output=32, gradients=32
 )  # as on a GPU: two parts, 16 bytes a thread
+APART = Plan(span=4, steps=1, walked=2, ends=32, output=32, gradients=32, apart=True)
 CUT = ImageShape(2, 3, 5, 20, 3)  # 4 segments of 4 steps, the last of 3; 2 blocks of channels, the last of 4
 MINI = ImageShape(2, 3, 4, 6, 2)  # 3 segments of 4 steps
 
@@ -266,6 +269,12 @@ KERNEL_CASES = [
     (CUT, "bidi", SMALL),
     (CUT, "cross2d", Plan(span=8, steps=4, ends=32, output=16, gradients=16)),
     (ImageShape(2, 3, 5, 36, 3), "cross2d", WIDE),
+    # dz kept: blocks and rows in part; two steps; 17 blocks of channels; more tokens than one sum has; two states.
+    (ImageShape(2, 3, 5, 36, 3), "cross2d", APART),
+    (ImageShape(2, 4, 4, 64, 15), "unidi", Plan(span=4, steps=2, gradients=16, apart=True)),
+    (ImageShape(1, 2, 2, 260, 2), "bidi", Plan(span=2, steps=1, gradients=16, apart=True)),
+    (ImageShape(2, 1, 520, 3, 2), "cross2d", Plan(span=65, steps=1, gradients=16, apart=True)),
+    (ImageShape(1, 3, 4, 20, 3, 2), "cross2d", APART),
     (ImageShape(1, 3, 5, 36, 3, 2), "bidi", Plan(span=8, steps=2, walked=4, gradients=32)),
     (ImageShape(5, 3, 5, 7, 2), "unidi", Plan(span=4, steps=4, ends=16, output=32, gradients=16)),  # 20 rows
     (ImageShape(1, 3, 5, 20, 2), "bidi", Plan(span=3, steps=1, ends=16, output=16, gradients=32)),
@@ -321,7 +330,7 @@ def test_partial_sums_that_together_pass_two_to_the_31_elements_are_added(monkey
     partial_sums = torch.empty(blocks, count, dtype=torch.float16)
     partial_sums[:, :16] = torch.arange(1.0, 4.0)[:, None]
     out = torch.empty(16)
-    constants = {"BLOCKS": blocks, "PITCH": 8, "R": 0, "N": 0, "TILE": 16}
+    constants = {"BLOCKS": blocks, "PITCH": 8, "R": 0, "N": 0, "TILE": 16, "EARLY": 0}
     fused.ss2d_projected_sum[(1,)](partial_sums, out, count, **constants)
     assert torch.equal(out, torch.full((16,), 6.0))
 
@@ -366,6 +375,11 @@ def test_steps_of_any_length_are_finite(dtype, cut):
         (torch.bfloat16, ImageShape(1, 3, 5, 40, 3), WIDE),
         (torch.float16, ImageShape(1, 3, 5, 40, 3), WIDE),
         (torch.bfloat16, ImageShape(1, 3, 4, 40, 3, 2), Plan(span=4, steps=2, gradients=32)),
+        # dz kept; B and C beside the time steps in what is loaded, and beyond it.
+        (torch.bfloat16, ImageShape(4, 4, 4, 64, 3), APART),
+        (torch.float16, ImageShape(1, 3, 5, 40, 14), APART),
+        (torch.bfloat16, ImageShape(1, 3, 5, 40, 16), APART),
+        (torch.bfloat16, ImageShape(1, 3, 5, 40, 16), WIDE),
     ],
     ids=str,
 )
@@ -412,15 +426,51 @@ def test_a_sum_of_four_directions_without_a_skip_errs_by_four_roundings(shape, c
 
 def test_every_group_of_rows_is_in_the_parameters_gradients():
     """More groups than are added at once, the last of them in part; dD to each direction."""
-    groups, channels, rank, state = 70, 12, 3, 2
-    sizes = [4 * channels * rank, 4 * channels, 4 * channels * state, channels]
-    parameters = torch.arange(groups * sum(sizes), dtype=torch.float32, device=DEVICE).view(groups, -1) % 61
-    found = [torch.full((n,), torch.nan, device=DEVICE) for n in (*sizes[:3], 4 * channels)]
-    grid = (-(-sum(sizes) // fused.PARAMETER_TILE["TILE"]),)
-    constants = {"C": channels, "R": rank, "N": state, **fused.PARAMETER_TILE}
-    fused.ss2d_parameter_sum[grid](parameters, *found, groups, **constants)
-    *expected, skip = parameters.sum(0).split(sizes)
-    assert all(map(torch.equal, found, [*expected, skip.repeat(4)]))
+    groups, channels, rank, state = (150, 270), 12, 3, 2
+    sizes = [4 * channels * rank, 4 * channels], [4 * channels * state, channels]
+
+    def numbers(*shape: int) -> Tensor:
+        return torch.arange(math.prod(shape), dtype=torch.float32, device=DEVICE).view(shape) % 61
+
+    weights, others = (numbers(n, sum(part)) for n, part in zip(groups, sizes, strict=True))
+    found = [torch.full((n,), torch.nan, device=DEVICE) for n in (*sizes[0], sizes[1][0], 4 * channels)]
+    grid = (sum(-(-sum(part) // fused.PARAMETER_TILE["TILE"]) for part in sizes),)
+    constants = {"C": channels, "R": rank, "N": state, "EARLY": 0, **fused.PARAMETER_TILE}
+    fused.ss2d_parameter_sum[grid](weights, others, *found, *groups, **constants)
+    d_A, skip = others.sum(0).split(sizes[1])
+    assert all(map(torch.equal, found, [*weights.sum(0).split(sizes[0]), d_A, skip.repeat(4)]))
+
+
+@pytest.mark.parametrize("rank", [2, 6], ids=["two rows of filling", "none"])
+def test_what_a_scan_reads_of_a_models_parameters(rank):
+    """The projection's rows with zeros behind each direction's, A, and the adjoint of both; backends agree."""
+    channels, state = 12, 1 if rank == 6 else 2
+    width = rank + 2 * state
+    x_proj, dt_proj, a_logs = (
+        golden_tensor(f"weights.{n}", shape).float().to(DEVICE)
+        for n, shape in enumerate([(4 * width, channels), (4, channels, rank), (4 * channels, state)])
+    )
+    for dtype in (torch.float32, torch.float16):
+        padded, dt, A = scan_weights(x_proj, dt_proj, a_logs, dtype, "triton")
+        plain, plain_dt, plain_A = scan_weights(x_proj, dt_proj, a_logs, dtype, "torch")
+        rows = padded.view(4, 8, channels)
+        assert torch.equal(rows[:, :width].reshape(plain.shape), plain)
+        assert (rows[:, width:] == 0).all()
+        assert torch.equal(dt, plain_dt)
+        assert relative_rms(A, plain_A) < 1e-6
+        assert relative_rms(plain_A, -a_logs.double().exp()) < 1e-6
+        found = scan_weight_gradients(padded, dt, a_logs, A, torch.float32, "triton")
+        assert torch.equal(found[0], plain.float())
+        assert torch.equal(found[1], plain_dt.float())
+        assert relative_rms(found[2], a_logs * A) < 1e-6
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_making_weights_is_an_op_as_the_checks_want_it(backend):
+    x_proj, dt_proj, a_logs = (torch.rand(s, device=DEVICE) for s in ((16, 6), (24, 2), (24, 1)))
+    torch.library.opcheck(scan_weights, (x_proj, dt_proj, a_logs, torch.float16, backend))
+    made = scan_weights(x_proj, dt_proj, a_logs, torch.float16, backend)
+    torch.library.opcheck(scan_weight_gradients, (*made[:2], a_logs, made[2], torch.float32, backend))
 
 
 def test_a_state_beyond_float16_is_kept(cut):
@@ -454,9 +504,10 @@ def test_segments_pass_their_state_on(dtype, cut, monkeypatch):
         assert ("y" in changed) != dropped
 
 
-def test_no_memory_is_read_before_it_is_written(cut, monkeypatch):
+@pytest.mark.parametrize("plan", [SMALL, APART], ids=["within", "apart"])
+def test_no_memory_is_read_before_it_is_written(plan, cut, monkeypatch):
     """Everything that is allocated starts as NaN."""
-    cut(SMALL)
+    cut(plan)
     cases = [tensors(MINI, torch.bfloat16), tensors(ImageShape(1, 2, 3, 5, 3, 2))]
     plain = [outcome(inputs) for inputs in cases]
 
@@ -475,8 +526,9 @@ def test_no_memory_is_read_before_it_is_written(cut, monkeypatch):
         assert worst(outcome(inputs), expected) == 0
 
 
-def test_triton_gives_the_same_bits_twice(cut):
-    cut(SMALL)
+@pytest.mark.parametrize("plan", [SMALL, APART], ids=["within", "apart"])
+def test_triton_gives_the_same_bits_twice(plan, cut):
+    cut(plan)
     inputs = tensors(MINI, torch.bfloat16)
     assert worst(outcome(inputs), outcome(inputs)) == 0
 

@@ -39,16 +39,17 @@ from vmamba_dist.objectives.classify import Classify
 from vmamba_dist.parallel import zero_config
 from vmamba_dist.parallel.plan import parallelize
 from vmamba_dist.parallel.recompute import apply_recompute
+from vmamba_dist.scaling import activations
 from vmamba_dist.scaling import memory as planned
 from vmamba_dist.scaling.activations import POLICIES, Policy, WeightBytes, parts, peak
 from vmamba_dist.scaling.command import IMAGENET, ask, plan
 from vmamba_dist.scaling.cost import Place, _passes, cost
 from vmamba_dist.scaling.memory import GIB, Job, largest_micro_batch, memory, micro_batches, way_out
-from vmamba_dist.scaling.tiles import cut
+from vmamba_dist.scaling.tiles import Cut, cut
 from vmamba_dist.train.ema import Ema
 from vmamba_kernels.backend import generation
 from vmamba_kernels.ss2d import fused, tiles
-from vmamba_kernels.ss2d.tiles import Key, default_plan, pinned_plans
+from vmamba_kernels.ss2d.tiles import Key, Plan, default_plan, pinned_plans
 
 CLASSES = 1000
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
@@ -299,17 +300,28 @@ class _Unlaunched:
 
 
 @pytest.mark.parametrize(
-    ("state", "side", "compute"),
-    [(1, 16, torch.float32), (3, 16, torch.float32), (1, 16, torch.bfloat16), (1, 3, torch.bfloat16)],
+    ("state", "side", "compute", "apart"),
+    [
+        (1, 16, torch.float32, False),
+        (3, 16, torch.float32, False),
+        (1, 16, torch.bfloat16, False),
+        (1, 3, torch.bfloat16, False),
+        (1, 16, torch.bfloat16, True),
+        (3, 16, torch.bfloat16, True),
+    ],
     ids=str,
 )
 def test_the_scans_own_scratch_is_counted(
-    state: int, side: int, compute: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    state: int, side: int, compute: torch.dtype, apart: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What the backward's code allocates between its kernels, which no tracker sees inside an operation."""
     monkeypatch.setattr(tiles, "generation", lambda device: "sm_00")
     for name in fused.KERNELS:
         monkeypatch.setattr(fused, name, _Unlaunched())
+    if apart:
+        plan = Plan(span=16, steps=1, gradients=32, apart=True)
+        monkeypatch.setattr(tiles, "default_plan", lambda *_: plan)
+        monkeypatch.setattr(activations, "cut", lambda *_: Cut(16, 1, 32, True))
     variant = get_variant("vmamba_nano", d_state=state, depths=(1, 1, 1, 1))
     batch, dim, rank = 16, 128, 8  # stage 1 of an image of eight times the side
     pitch = -(-(rank + 2 * state) // 8) * 8
@@ -337,7 +349,7 @@ def test_the_scans_own_scratch_is_counted(
 def test_scans_are_cut_as_the_kernels_cut_them() -> None:
     shapes = [
         (d, n * n, s, e)
-        for d in (96, 192, 500)
+        for d in (96, 192, 500, 1024)
         for n in (1, 7, 9, 14, 28, 56, 64)
         for s in (1, 16)
         for e in (2, 4)
@@ -349,7 +361,7 @@ def test_scans_are_cut_as_the_kernels_cut_them() -> None:
             named = pinned_plans().get(Key(named_for, channels, length, state, element))
             real = named or default_plan(channels, length, state, element)
             found = cut(named_for, channels, length, state, element)
-            assert found == (real.span, real.steps, real.gradients)
+            assert found == (real.span, real.steps, real.gradients, real.apart)
 
 
 @pytest.mark.parametrize("name", list_models())

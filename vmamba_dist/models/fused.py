@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from vmamba_dist.models.ss2d import LN_EPS, SS2D, LayerNorm
 from vmamba_kernels import rows
 from vmamba_kernels.launch import own_code, unobserved
-from vmamba_kernels.ss2d.op import scan_backward, scan_forward
+from vmamba_kernels.ss2d.op import scan_backward, scan_forward, scan_weight_gradients, scan_weights
 
 if TYPE_CHECKING:
     from vmamba_dist.models.vmamba import Block
@@ -33,27 +33,25 @@ class Plan(NamedTuple):
     """What of a block is no tensor."""
 
     eps: float
-    rank: int
-    state: int
     pattern: str
     backend: str
 
 
 class Weights(NamedTuple):
-    """A block's parameters; those of matrix products and the convolution also in the compute's precision."""
+    """A block's parameters, or what it computes with: products' and the convolution's in the compute's precision."""
 
     norm_weight: Tensor
     norm_bias: Tensor
-    a_logs: Tensor
-    ds: Tensor
-    dt_bias: Tensor
     out_norm_weight: Tensor
     out_norm_bias: Tensor
     norm2_weight: Tensor
     norm2_bias: Tensor
-    in_proj: Tensor
-    x_proj: Tensor
+    x_proj: Tensor  # these five as in Core
     dt_proj: Tensor
+    dt_bias: Tensor
+    a: Tensor
+    ds: Tensor
+    in_proj: Tensor
     out_proj: Tensor
     fc1: Tensor
     fc1_bias: Tensor
@@ -63,7 +61,7 @@ class Weights(NamedTuple):
     conv_bias: Tensor | None
 
 
-CAST_FROM = Weights._fields.index("in_proj")  # these and all that follow compute in autocast's precision
+CORE = slice(Weights._fields.index("x_proj"), Weights._fields.index("in_proj"))
 
 
 class Ops(NamedTuple):
@@ -72,6 +70,7 @@ class Ops(NamedTuple):
     norm: Callable[..., Any]
     add_norm: Callable[..., Any]
     add_branch: Callable[..., Any]
+    scan_weights: Callable[..., Any]
     scan: Callable[..., Any]
     linear_gelu: Callable[..., Any]
     scale_and_sum: Callable[..., Any]
@@ -79,11 +78,13 @@ class Ops(NamedTuple):
     norm_backward: Callable[..., Any]
     add_norm_backward: Callable[..., Any]
     scan_backward: Callable[..., Any]
+    scan_weight_gradients: Callable[..., Any]
 
 
 OPS = Ops(
-    rows.norm, rows.add_norm, rows.add_branch, scan_forward, rows.linear_gelu,
+    rows.norm, rows.add_norm, rows.add_branch, scan_weights, scan_forward, rows.linear_gelu,
     rows.scale_and_sum, rows.gelu_backward_, rows.norm_backward, rows.add_norm_backward, scan_backward,
+    scan_weight_gradients,
 )  # fmt: skip
 OWN_CODE = Ops(*(own_code(op) for op in OPS))
 
@@ -111,9 +112,10 @@ def weights_of(block: Block) -> Weights:
     """The parameters of a block, in the order in which the fused block takes them."""
     op, mlp = block.op, block.mlp
     return Weights(
-        block.norm.weight, block.norm.bias, op.A_logs, op.Ds, op.dt_projs_bias,
-        op.out_norm.weight, op.out_norm.bias, block.norm2.weight, block.norm2.bias,
-        op.in_proj.weight, op.x_proj_weight, op.dt_projs_weight, op.out_proj.weight,
+        block.norm.weight, block.norm.bias, op.out_norm.weight, op.out_norm.bias,
+        block.norm2.weight, block.norm2.bias,
+        op.x_proj_weight, op.dt_projs_weight, op.dt_projs_bias, op.A_logs, op.Ds,
+        op.in_proj.weight, op.out_proj.weight,
         mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias, op.conv2d.weight, op.conv2d.bias,
     )  # fmt: skip
 
@@ -165,7 +167,7 @@ def run(x: Tensor, keep: Tensor | None, plan: Plan, weights: Weights) -> Tensor:
     if torch.is_grad_enabled():
         out: Tensor = _FusedBlock.apply(x, keep, plan, *weights)
         return out
-    return _forward(x, keep, plan, _cast(weights, _compute_dtype(x)), save=False)[0]
+    return _forward(x, keep, plan, _cast(weights, plan, x), save=False)[0]
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
@@ -173,69 +175,71 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
-def _cast(weights: Weights, dtype: torch.dtype) -> Weights:
+def _cast(weights: Weights, plan: Plan, x: Tensor) -> Weights:
     """Bring the weights of products and convolution to the compute's precision, the others to float32 at least."""
-    whole: Sequence[Tensor] = weights[:CAST_FROM]  # type: ignore[assignment]  # the optional bias is the last
-    fixed = [t.to(torch.promote_types(t.dtype, torch.float32)) for t in whole]
-    wide = [t for t in weights[CAST_FROM:] if t is not None and t.dtype != dtype]
+    dtype = _compute_dtype(x)
+    norms: Sequence[Tensor] = weights[: CORE.start]  # type: ignore[assignment]  # the optional bias is the last
+    wide = [t for t in weights[CORE.stop :] if t is not None and t.dtype != dtype]
     narrow = [torch.empty_like(t, dtype=dtype) for t in wide]
     if wide:
         torch._foreach_copy_(narrow, wide)
     there = iter(narrow)
-    cast = [t if t is None or t.dtype == dtype else next(there) for t in weights[CAST_FROM:]]
-    return Weights(*fixed, *cast)
+    cast = [t if t is None or t.dtype == dtype else next(there) for t in weights[CORE.stop :]]
+    whole = [_at_least_float32(t) for t in norms]
+    return Weights(*whole, *made(_core_of(weights), plan, dtype), *cast)  # type: ignore[call-arg]
 
 
-def _padded_x_proj(x_proj: Tensor, plan: Plan) -> Tensor:
-    """The projection's weight with rows of zeros, so that each direction's columns begin at 16 bytes."""
-    width = plan.rank + 2 * plan.state
-    if plan.backend == "torch" or width % 8 == 0:
-        return x_proj
-    return F.pad(x_proj.view(K, width, -1), (0, 0, 0, -width % 8)).flatten(0, 1)
+def _at_least_float32(t: Tensor) -> Tensor:
+    return t.to(torch.promote_types(t.dtype, torch.float32))
 
 
 class Core(NamedTuple):
-    """The parameters between the convolution and out_norm, x_proj and dt_proj in the compute's precision."""
+    """The parameters between the convolution and out_norm, or what is computed with; in brackets what differs then."""
 
-    x_proj: Tensor
-    dt_proj: Tensor
-    dt_bias: Tensor
-    a_logs: Tensor
-    ds: Tensor
+    x_proj: Tensor  # (K*(R+2N), D), [with a backend's filling, and in the compute's precision]
+    dt_proj: Tensor  # (K*D, R) or (K, D, R) [in the compute's precision]
+    dt_bias: Tensor  # (K*D) or (K, D)
+    a: Tensor  # (K*D, N), the logarithms of -A [A]
+    ds: Tensor  # (K*D)
 
 
 def _core_of(w: Weights) -> Core:
-    return Core(w.x_proj, w.dt_proj, w.dt_bias, w.a_logs, w.ds)
+    return Core(w.x_proj, w.dt_proj, w.dt_bias, w.a, w.ds)
 
 
-def _scan_inputs(plan: Plan, w: Core, channels: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def made(w: Core, plan: Plan, dtype: torch.dtype) -> Core:
+    """Return what is computed with, of parameters."""
+    x_proj, dt_proj, a = _ops(w.x_proj).scan_weights(w.x_proj, w.dt_proj, w.a, dtype, plan.backend)
+    return Core(x_proj, dt_proj, _at_least_float32(w.dt_bias), a, _at_least_float32(w.ds))
+
+
+def _scan_inputs(w: Core) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The scan's weights: of the time steps (K, D, R) and their bias (K, D), A (K*D, N) and D (K*D)."""
-    dt = w.dt_proj.view(K, channels, plan.rank)
-    return dt, w.dt_bias.view(K, channels), -torch.exp(w.a_logs), w.ds
+    channels, rank = w.x_proj.shape[1], w.dt_proj.shape[-1]
+    return w.dt_proj.view(K, channels, rank), w.dt_bias.view(K, channels), w.a, w.ds
 
 
 def core(u: Tensor, plan: Plan, w: Core, *, save: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Project and scan u (B, H, W, D): y, the projection (B, H, W, K*P), and the states where `save` asks for them."""
-    projected = F.linear(u, _padded_x_proj(w.x_proj, plan))
-    inputs = _scan_inputs(plan, w, u.shape[-1])
-    y, states = _ops(u).scan(u, projected, *inputs, plan.pattern, plan.backend, save)
+    projected = F.linear(u, w.x_proj)
+    y, states = _ops(u).scan(u, projected, *_scan_inputs(w), plan.pattern, plan.backend, save)
     return y, projected, states
 
 
 def core_backward(
-    d_y: Tensor, u: Tensor, projected: Tensor, states: Tensor, plan: Plan, w: Core
+    d_y: Tensor, u: Tensor, projected: Tensor, states: Tensor, plan: Plan, w: Core, dtype: torch.dtype
 ) -> tuple[Tensor, Core]:
-    """Return the gradient of u, and those of the parameters, each in its precision."""
-    channels = u.shape[-1]
-    dt, dt_bias, a, skip = _scan_inputs(plan, w, channels)
-    d_u, d_projected, d_dt, d_dt_bias, d_a, d_skip = _ops(u).scan_backward(
-        d_y, states, u, projected, dt, dt_bias, a, skip, plan.pattern, plan.backend
+    """Return the gradients of u and of the parameters that w was made of; x_proj's and dt_proj's in dtype."""
+    ops, channels = _ops(u), u.shape[-1]
+    d_u, d_projected, d_dt, d_dt_bias, d_a, d_ds = ops.scan_backward(
+        d_y, states, u, projected, *_scan_inputs(w), plan.pattern, plan.backend
     )
     d_projected = d_projected.flatten(0, 2)
-    d_u = torch.addmm(d_u.view(-1, channels), d_projected, _padded_x_proj(w.x_proj, plan)).view(u.shape)
-    d_x_proj = torch.mm(d_projected.t(), u.view(-1, channels)).view(K, -1, channels)
-    d_x_proj = d_x_proj[:, : plan.rank + 2 * plan.state].reshape(w.x_proj.shape)
-    return d_u, Core(d_x_proj, d_dt.view(w.dt_proj.shape), d_dt_bias.view(w.dt_bias.shape), d_a * a, d_skip)
+    total = d_u.view(-1, channels)
+    torch.addmm(total, d_projected, w.x_proj, out=total)  # addmm_ is counted by no FLOP counter
+    d_x_proj = torch.mm(d_projected.t(), u.view(-1, channels))
+    d_x_proj, d_dt, d_a = ops.scan_weight_gradients(d_x_proj, d_dt, d_a, w.a, dtype, plan.backend)
+    return d_u, Core(d_x_proj, d_dt.view(w.dt_proj.shape), d_dt_bias.view(w.dt_bias.shape), d_a, d_ds)
 
 
 def _forward(
@@ -282,7 +286,7 @@ class _FusedBlock(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, keep: Tensor | None, plan: Plan, *parameters: Tensor | None) -> Tensor:
         weights = Weights(*parameters)  # type: ignore[arg-type]
-        cast = _cast(weights, _compute_dtype(x))
+        cast = _cast(weights, plan, x)
         out, kept = _forward(x, keep, plan, cast, save=True)
         assert kept is not None
         ctx.plan, ctx.shape = plan, x.shape
@@ -296,7 +300,8 @@ class _FusedBlock(torch.autograd.Function):
         keep, *kept = ctx.saved_tensors
         w = Weights(*kept[: len(Weights._fields)])
         del kept[: len(Weights._fields)]
-        d_x, d_weights = _backward(d_out.contiguous(), keep, ctx.plan, w, kept, ctx.shape)
+        whole = ctx.dtypes[CORE.start]
+        d_x, d_weights = _backward(d_out.contiguous(), keep, ctx.plan, w, whole, kept, ctx.shape)
         needed = ctx.needs_input_grad[3:]
         wanted = [d if ok else None for d, ok in zip(d_weights, needed, strict=True)]
         return (
@@ -323,9 +328,17 @@ def _as(gradients: list[Tensor | None], dtypes: list[torch.dtype | None]) -> lis
 
 
 def _backward(
-    d_out: Tensor, keep: Tensor | None, plan: Plan, w: Weights, kept: list[Tensor], shape: torch.Size
+    d_out: Tensor,
+    keep: Tensor | None,
+    plan: Plan,
+    w: Weights,
+    whole: torch.dtype,
+    kept: list[Tensor],
+    shape: torch.Size,
 ) -> tuple[Tensor, Weights]:
     """Return the gradients of x and the weights. `kept` are the tensors of a Kept, and the list is emptied.
+
+    `whole` is the precision of the parameters that the scan's weights were made of.
 
     With activation checkpointing a step's memory is most here. Each tensor is let go or written over once it is used
     up; what was kept too: of a block that was run again nobody else holds it.
@@ -364,7 +377,7 @@ def _backward(
     d_out_proj = torch.mm(d_branch.t(), normed)
     del d_branch, normed, y
     u = F.silu(after_conv)
-    d_u, d_core = core_backward(d_y.view(u.shape), u, projected, states, plan, _core_of(w))
+    d_u, d_core = core_backward(d_y.view(u.shape), u, projected, states, plan, _core_of(w), whole)
     del d_y, states, projected, u
     d_after = torch.ops.aten.silu_backward(d_u, after_conv)
     del d_u, after_conv
@@ -381,9 +394,8 @@ def _backward(
     )
     d_in_proj = torch.mm(d_before.t(), normed)
     gradients = Weights(
-        d_norm[0], d_norm[1], d_core.a_logs, d_core.ds, d_core.dt_bias,
-        d_out_norm[0], d_out_norm[1], d_norm2[0], d_norm2[1],
-        d_in_proj, d_core.x_proj, d_core.dt_proj, d_out_proj,
+        d_norm[0], d_norm[1], d_out_norm[0], d_out_norm[1], d_norm2[0], d_norm2[1], *d_core,
+        d_in_proj, d_out_proj,
         d_fc1, d_fc1_bias, d_fc2, d_fc2_bias, d_conv, d_conv_bias if w.conv_bias is not None else None,
     )  # fmt: skip
     return d_x, gradients

@@ -172,7 +172,7 @@ class Block(nn.Module):
     def _branches(self, x: Tensor, keep: Tensor | None) -> Tensor:
         if self._fuses(x, keep):
             backend = backend_for(self.op.scan_backend, x)
-            plan = fused.Plan(LN_EPS, self.op.dt_rank, self.op.d_state, self.op.scan_pattern, backend)
+            plan = fused.Plan(LN_EPS, self.op.scan_pattern, backend)
             return fused.run(x, keep, plan, fused.weights_of(self))
         x = x + _kept(self.op(self.norm(x)), keep, 0)
         if self.has_mlp:

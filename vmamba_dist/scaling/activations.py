@@ -25,6 +25,7 @@ FLOAT32 = 4  # bytes
 K = 4
 LINES = 64  # steps a chunk of the plain scan, which the cascade pattern uses
 ROWS = 16  # segments that a program of the fused scan walks at once
+WEIGHT_GROUP = 1024  # tokens of a partial sum of the time steps' weights' gradient, where dz is kept
 FEW_TOKENS = 16  # of a shorter image its backward adds the projection's gradient in float32
 
 
@@ -325,7 +326,11 @@ class _Block:
         projected = K * pitch * self.tokens
         wide = n > 1 or self.height * self.width < FEW_TOKENS  # as partial_is_wide has it
         partial = (FLOAT32 if wide else self.compute) * blocks * projected
-        parameters = FLOAT32 * groups * d * (K * (r + 1 + n) + 1)
+        weight_groups = groups
+        if how.apart and n == 1:  # dz, and sums of two columns
+            partial = K * self.tokens * (self.compute * d + FLOAT32 * 2 * blocks)
+            weight_groups = -(-self.tokens // WEIGHT_GROUP)
+        parameters = FLOAT32 * d * (weight_groups * K * (r + 1) + groups * (K * n + 1))
         total = FLOAT32 * d * self.tokens if self.compute != FLOAT32 and n > 1 else 0  # as sum_is_wide has it
         # Ends, decays and starts are there together before the sums are.
         return max(3 * starts, starts + total + partial + parameters)

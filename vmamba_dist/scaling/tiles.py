@@ -14,11 +14,12 @@ from typing import NamedTuple
 
 
 class Cut(NamedTuple):
-    """Steps a segment and a tile, and channels that a program of the backward takes."""
+    """Steps a segment and a tile, channels that a program of the backward takes, and whether it keeps dz."""
 
     span: int
     steps: int
     channels: int
+    apart: bool
 
 
 def cut(generation: str, channels: int, length: int, state: int, element: int) -> Cut:
@@ -31,8 +32,9 @@ def _default(channels: int, length: int, state: int, element: int) -> Cut:
     wanted = 28 if length >= 56 * 28 else 14 if length >= 7 * 14 else 7
     steps = 2 if length >= 392 else 1
     fitting = [n for n in range(wanted // 2, 2 * wanted + 1) if length % n == 0 and n % steps == 0]
-    wide = steps == 1 and state == 1 and element == 2 and channels <= 512
-    return Cut(min(fitting, key=lambda n: abs(n - wanted), default=wanted), steps, 32 if wide else 16)
+    half = state == 1 and element == 2
+    span = min(fitting, key=lambda n: abs(n - wanted), default=wanted)
+    return Cut(span, steps, 32 if half and steps == 1 else 16, half and channels > 512)
 
 
 @cache
@@ -43,7 +45,7 @@ def _table() -> dict[tuple[str, int, int, int, int], Cut]:
     rows = json.loads((Path(package.origin).parent / "ss2d" / "tiles.json").read_text(encoding="utf-8"))
     return {
         tuple(row[key] for key in ("generation", "channels", "length", "state", "bytes")): Cut(
-            row["plan"]["span"], row["plan"]["steps"], row["plan"]["gradients"]
+            *(row["plan"][name] for name in ("span", "steps", "gradients", "apart"))
         )
         for row in rows
     }

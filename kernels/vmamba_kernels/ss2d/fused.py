@@ -11,16 +11,19 @@ import torch
 import triton
 from torch import Tensor
 
-from vmamba_kernels.backend import interpreted
+from vmamba_kernels.backend import interpreted, overlaps_launches
 from vmamba_kernels.launch import launch
 from vmamba_kernels.ss2d.tiles import ROWS, Plan, mirrored, plan_for, walk_table
 from vmamba_kernels.ss2d.triton_bwd import (
     ss2d_adjoint_ends,
     ss2d_gradients,
     ss2d_parameter_sum,
+    ss2d_projected_product,
     ss2d_projected_sum,
+    ss2d_weight_product,
 )
 from vmamba_kernels.ss2d.triton_fwd import ss2d_carry, ss2d_ends, ss2d_output
+from vmamba_kernels.ss2d.triton_weights import ss2d_weight_gradients, ss2d_weights
 
 # What is launched here, by its name.
 KERNELS = (
@@ -30,12 +33,20 @@ KERNELS = (
     "ss2d_adjoint_ends",
     "ss2d_gradients",
     "ss2d_projected_sum",
+    "ss2d_projected_product",
+    "ss2d_weight_product",
     "ss2d_parameter_sum",
+    "ss2d_weights",
+    "ss2d_weight_gradients",
 )
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 _CARRY_CHANNELS = 64
 _SUM_TILE = 1024
-PARAMETER_TILE = {"AT_ONCE": 32, "TILE": 32, "num_warps": 4}
+PARAMETER_TILE = {"AT_ONCE": 128, "TILE": 32, "num_warps": 4}
+PRODUCT_TILE = {"TILE": 64, "CHANNELS": 64, "STAGES": 4, "num_warps": 4}  # tokens, channels
+_BLOCKS_AT_ONCE = 16
+WEIGHT_TILE = {"TILE": 1024, "num_warps": 4}
+_WEIGHT_GROUP = 1024  # tokens of one partial sum of the time steps' weights' gradient
 _FEW_TOKENS = 16  # fewer are summed in float32
 
 
@@ -90,6 +101,55 @@ def empty_saved(x: Tensor, A: Tensor) -> Tensor:
     count = -(-int(height) * int(width) // plan.span)
     shape = (4, batch * count, plan.span // plan.steps, A.shape[1], channels)
     return x.new_empty(shape, dtype=torch.float32 if x.dtype == torch.float16 else x.dtype)
+
+
+def padded(width: int) -> int:
+    """Return the columns of a direction's projection with its filling: each direction's begin at 16 bytes."""
+    return -(-width // 8) * 8
+
+
+def weights(
+    x_proj: Tensor, dt_proj: Tensor, a_logs: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return x_proj with rows of zeros (4*P, C) and dt_proj, both in dtype, and A = -exp(a_logs) in float32."""
+    channels, rank, state = x_proj.shape[1], dt_proj.shape[-1], a_logs.shape[1]
+    pitch = padded(rank + 2 * state)
+    found = (
+        x_proj.new_empty(4 * pitch, channels, dtype=dtype),
+        torch.empty_like(dt_proj, dtype=dtype, memory_format=torch.contiguous_format),
+        torch.empty_like(a_logs, dtype=torch.float32, memory_format=torch.contiguous_format),
+    )
+    given = (x_proj.contiguous(), dt_proj.contiguous(), a_logs.contiguous())
+    _launch_weights(ss2d_weights, given, found, (channels, rank, state, pitch))
+    return found
+
+
+def weight_gradients(
+    d_x_proj: Tensor, d_dt_proj: Tensor, d_A: Tensor, A: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of what weights was given, the first two in dtype, of those of what it returned."""
+    channels, rank, state = d_x_proj.shape[1], d_dt_proj.shape[-1], A.shape[1]
+    found = (
+        d_x_proj.new_empty(4 * (rank + 2 * state), channels, dtype=dtype),
+        torch.empty_like(d_dt_proj, dtype=dtype, memory_format=torch.contiguous_format),
+        torch.empty_like(d_A, memory_format=torch.contiguous_format),
+    )
+    given = (d_x_proj.contiguous(), d_dt_proj.contiguous(), d_A.contiguous(), A.contiguous())
+    sizes = (channels, rank, state, d_x_proj.shape[0] // 4)
+    _launch_weights(ss2d_weight_gradients, given, found, sizes)
+    return found
+
+
+def _launch_weights(
+    kernel: Any,
+    given: tuple[Tensor, ...],
+    found: tuple[Tensor, ...],
+    sizes: tuple[int, int, int, int],
+) -> None:
+    programs = sum(-(-t.numel() // WEIGHT_TILE["TILE"]) for t in found)
+    with torch.cuda.device_of(found[0]):
+        constants = dict(zip(("C", "R", "N", "PITCH"), sizes, strict=True))
+        launch(kernel, (programs,), (*given, *found), constants | WEIGHT_TILE)
 
 
 class _Problem:
@@ -149,8 +209,26 @@ class _Problem:
             "N": self.state,
             **carry_options(self.channels, self.count),
         }
+        self.apart = self.plan.apart and self.state == 1
+        self.product_constants = {
+            "C": self.channels,
+            "R": self.rank,
+            "PITCH": self.pitch,
+            "INTERPRET": self.constants["INTERPRET"],
+            "PRECISION": self.constants["PRECISION"],
+            **PRODUCT_TILE,
+        }
         self.inputs = (self.projected, self.weight, self.bias, self.A)
         self.sizes = (self.length, self.count, self.rows)
+
+    def early(self, *, follows: bool = True) -> dict[str, int]:
+        """Return how a launch overlaps with its neighbours.
+
+        One that reads weights before it waits must follow another of ours: what is before that may have made them.
+        """
+        if not overlaps_launches(self.x.device):
+            return {"EARLY": 0}
+        return {"EARLY": 2, "launch_pdl": True} if follows else {"EARLY": 1}
 
     def grid(self, channels: int) -> int:
         return self.groups * -(-self.channels // channels)
@@ -168,20 +246,25 @@ class _Problem:
         if self.count == 1:
             return None
         plan = self.plan
+        # An image's last segment hands nothing on: fewer rows, and whether they fill all programs is asked anew.
+        wanted = self.rows - self.batch
+        full = self.length % plan.span == 0 and wanted % ROWS == 0
+        constants = {name: c for name, c in self.constants.items() if name != "MIRROR"} | {"FULL": full}
         ends, decays, starts = (self.new(4, self.rows, self.state, self.channels) for _ in range(3))
         blocks = -(-self.channels // self.carry_constants["CHANNELS"])
         with torch.cuda.device_of(self.x):
             launch(
                 kernel,
-                (self.grid(plan.ends), 4),
+                (-(-wanted // ROWS) * -(-self.channels // plan.ends), 4),
                 (walked, *self.inputs, self.order, ends, decays, *self.sizes),
-                {**self.constants, "STEPS": plan.walked, "CHANNELS": plan.ends, **options(plan, "ends")},
-            )
+                {**constants, "STEPS": plan.walked, "CHANNELS": plan.ends, **options(plan, "ends"),
+                 **self.early()},
+            )  # fmt: skip
             launch(
                 ss2d_carry,
                 (self.batch * blocks, 4, self.state),
                 (ends, decays, starts, self.count, self.rows),
-                {**self.carry_constants, "REVERSE": reverse},
+                {**self.carry_constants, "REVERSE": reverse, **self.early()},
             )
         return starts
 
@@ -212,7 +295,8 @@ def forward(
                 (p.x, *p.inputs, p.skip, p.order, begins, saved, total, y, *p.sizes, axis),
                 {**p.constants, "STEPS": p.plan.walked, "EVERY": p.plan.steps, "CHANNELS": p.plan.output,
                  "CARRIED": starts is not None, "SAVE": save,
-                 "FIRST": axis == 0, **options(p.plan, "output")},
+                 "FIRST": axis == 0, **options(p.plan, "output"),
+                 **p.early(follows=axis == 1 or starts is not None)},
             )  # fmt: skip
     return y, saved
 
@@ -238,42 +322,66 @@ def backward(
     starts = p.starts(ss2d_adjoint_ends, g, reverse=True)
     blocks = -(-p.channels // p.plan.gradients)
     total, dx = p.sum_and_result()
-    dp = p.new(blocks, *projected.shape, dtype=p.partial_dtype)
-    # One row of dt_weight's, dt_bias's, A's and D's a group.
-    width = dt_weight.numel() + dt_bias.numel() + A.numel() + p.channels
-    parameters = p.new(p.groups, width)
+    apart = p.apart
+    tokens = p.batch * p.length
+    if apart:  # dz, and sums of dB and dC
+        dp, d_BC = p.new(4, *x.shape, dtype=x.dtype), p.new(4, blocks, tokens, 2)
+    else:
+        dp = d_BC = p.new(blocks, *projected.shape, dtype=p.partial_dtype)
+    # One row of dt_weight's and dt_bias's, and one of A's and D's, a group.
+    weight_groups = -(-tokens // _WEIGHT_GROUP) if apart else p.groups
+    widths = dt_weight.numel() + dt_bias.numel(), A.numel() + p.channels
+    d_weights, d_others = p.new(weight_groups, widths[0]), p.new(p.groups, widths[1])
     for axis in range(2):
         with torch.cuda.device_of(x):
             begins = g if starts is None else starts
             launch(
                 ss2d_gradients,
                 (p.grid(p.plan.gradients),),
-                (g, p.x, *p.inputs, p.skip, p.order, begins, saved, total, dx, dp, parameters, *p.sizes, axis),
-                {**p.constants, "PP": _power_of_two(p.pitch), "CHANNELS": p.plan.gradients,
-                 "CARRIED": starts is not None, "FIRST": axis == 0, **options(p.plan, "gradients")},
+                (g, p.x, *p.inputs, p.skip, p.order, begins, saved, total, dx, dp, d_BC, d_weights, d_others,
+                 *p.sizes, axis),
+                {**p.constants, "PP": 8 if apart else _power_of_two(p.pitch), "CHANNELS": p.plan.gradients,
+                 "CARRIED": starts is not None, "FIRST": axis == 0, "APART": apart,
+                 **options(p.plan, "gradients"), **p.early(follows=axis == 1 or starts is not None)},
             )  # fmt: skip
     d_projected = torch.empty_like(p.projected)
     d_weight, d_bias, d_A, d_D = (
         torch.empty_like(t, memory_format=torch.contiguous_format) for t in inputs[2:]
     )
     with torch.cuda.device_of(x):
-        launch(
-            ss2d_projected_sum,
-            (-(-d_projected.numel() // _SUM_TILE),),
-            (dp, d_projected, d_projected.numel()),
-            {
-                "BLOCKS": blocks,
-                "PITCH": p.pitch,
-                "R": p.rank,
-                "N": p.state,
-                "TILE": _SUM_TILE,
-                "num_warps": 4,
-            },
-        )
+        if apart:
+            launch(
+                ss2d_projected_product,
+                (-(-tokens // PRODUCT_TILE["TILE"]), 4),
+                (dp, d_BC, p.weight, d_projected, tokens),
+                {**p.product_constants, "PP": _power_of_two(p.pitch), "BLOCKS": blocks,
+                 "AT_ONCE": _BLOCKS_AT_ONCE, **p.early()},
+            )  # fmt: skip
+            launch(
+                ss2d_weight_product,
+                (-(-p.channels // PRODUCT_TILE["CHANNELS"]), 4, weight_groups),
+                (dp, p.projected, d_weights, tokens),
+                {**p.product_constants, "RP": _power_of_two(p.rank + 1), "GROUP": _WEIGHT_GROUP, **p.early()},
+            )
+        else:
+            launch(
+                ss2d_projected_sum,
+                (-(-d_projected.numel() // _SUM_TILE),),
+                (dp, d_projected, d_projected.numel()),
+                {
+                    "BLOCKS": blocks,
+                    "PITCH": p.pitch,
+                    "R": p.rank,
+                    "N": p.state,
+                    "TILE": _SUM_TILE,
+                    "num_warps": 4,
+                    **p.early(),
+                },
+            )
         launch(
             ss2d_parameter_sum,
-            (-(-width // PARAMETER_TILE["TILE"]),),
-            (parameters, d_weight, d_bias, d_A, d_D, p.groups),
-            {"C": p.channels, "R": p.rank, "N": p.state, **PARAMETER_TILE},
+            (sum(-(-width // PARAMETER_TILE["TILE"]) for width in widths),),
+            (d_weights, d_others, d_weight, d_bias, d_A, d_D, weight_groups, p.groups),
+            {"C": p.channels, "R": p.rank, "N": p.state, **PARAMETER_TILE, **p.early()},
         )
     return dx, d_projected.to(projected.dtype), d_weight, d_bias, d_A, d_D

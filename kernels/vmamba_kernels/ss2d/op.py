@@ -194,3 +194,53 @@ def _backward_flops(
     **kwargs: Any,
 ) -> int:
     return 2 * ss2d_flops(x, dt_weight[2], A[1])
+
+
+@custom_op("vmamba::ss2d_weights")
+def scan_weights(
+    x_proj: Tensor, dt_proj: Tensor, a_logs: Tensor, dtype: torch.dtype, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Make what a scan reads of a model's parameters: its projection's weight and the time steps', in dtype, and A.
+
+    x_proj (4*(R+2N), C) becomes (4*P, C), for triton with rows of zeros so that P is a multiple of 8; dt_proj keeps
+    its shape, whose last size is R, and A = -exp(a_logs) (4*C, N) is float32 at least.
+    """
+    if backend == "triton":
+        return fused.weights(x_proj, dt_proj, a_logs, dtype)
+    wide = torch.promote_types(a_logs.dtype, torch.float32)
+    return x_proj.to(dtype, copy=True), dt_proj.to(dtype, copy=True), -torch.exp(a_logs.to(wide))
+
+
+@scan_weights.register_fake
+def _(
+    x_proj: Tensor, dt_proj: Tensor, a_logs: Tensor, dtype: torch.dtype, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    width = dt_proj.shape[-1] + 2 * a_logs.shape[1]
+    rows = 4 * (fused.padded(width) if backend == "triton" else width)
+    return (
+        x_proj.new_empty(rows, x_proj.shape[1], dtype=dtype),
+        dt_proj.new_empty(dt_proj.shape, dtype=dtype),
+        a_logs.new_empty(a_logs.shape, dtype=torch.promote_types(a_logs.dtype, torch.float32)),
+    )
+
+
+@custom_op("vmamba::ss2d_weight_gradients")
+def scan_weight_gradients(
+    d_x_proj: Tensor, d_dt_proj: Tensor, d_A: Tensor, A: Tensor, dtype: torch.dtype, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The adjoint of scan_weights: its results' gradients in, those of x_proj and dt_proj in dtype and a_logs' out."""
+    if backend == "triton":
+        return fused.weight_gradients(d_x_proj, d_dt_proj, d_A, A, dtype)
+    return d_x_proj.to(dtype, copy=True), d_dt_proj.to(dtype, copy=True), d_A * A
+
+
+@scan_weight_gradients.register_fake
+def _(
+    d_x_proj: Tensor, d_dt_proj: Tensor, d_A: Tensor, A: Tensor, dtype: torch.dtype, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows = 4 * (d_dt_proj.shape[-1] + 2 * A.shape[1])
+    return (
+        d_x_proj.new_empty(rows, d_x_proj.shape[1], dtype=dtype),
+        d_dt_proj.new_empty(d_dt_proj.shape, dtype=dtype),
+        d_A.new_empty(d_A.shape),
+    )

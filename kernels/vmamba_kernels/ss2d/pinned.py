@@ -12,8 +12,12 @@ import torch
 
 from vmamba_kernels.ss2d import tiles
 from vmamba_kernels.ss2d.fused import (
+    _BLOCKS_AT_ONCE,
     _SUM_TILE,
+    _WEIGHT_GROUP,
     PARAMETER_TILE,
+    PRODUCT_TILE,
+    WEIGHT_TILE,
     _power_of_two,
     carry_options,
     options,
@@ -24,15 +28,34 @@ from vmamba_kernels.ss2d.triton_bwd import (
     ss2d_adjoint_ends,
     ss2d_gradients,
     ss2d_parameter_sum,
+    ss2d_projected_product,
     ss2d_projected_sum,
+    ss2d_weight_product,
 )
 from vmamba_kernels.ss2d.triton_fwd import ss2d_carry, ss2d_ends, ss2d_output
+from vmamba_kernels.ss2d.triton_weights import ss2d_weight_gradients, ss2d_weights
 
 Configuration = tuple[str, Any, dict[str, str], dict[str, Any], dict[str, int]]
 # Channels, dt rank and length of VMamba-T's stages at 224 pixels.
 STAGES = ((96, 6, 3136), (192, 12, 784), (384, 24, 196), (768, 48, 49))
-FLOAT32 = ("p_bias", "p_A", "p_D", "p_ends", "p_decays", "p_parameters", "p_dbias", "p_dA", "p_dD")
-PARTIAL = ("p_dp",)  # float32 where partial_is_wide says so; of no shape here is a sequence that short
+PARAMETERS = ("p_projection", "p_dt", "p_logs")
+FLOAT32 = (
+    *PARAMETERS,
+    "p_bias",
+    "p_A",
+    "p_D",
+    "p_ends",
+    "p_decays",
+    "p_weights",
+    "p_others",
+    "p_dbias",
+    "p_dA",
+    "p_dD",
+)
+PARTIAL = (
+    "p_dp",
+    "p_dBC",
+)  # float32 where partial_is_wide says so; of no shape here is a sequence that short
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -75,39 +98,42 @@ def configurations(
     """Yield each kernel of one shape, in training and in inference, for batches that fill the last tile and do not."""
     count = -(-length // plan.span)
     pitch = -(-(rank + 2 * state) // 8) * 8  # as the models pad a direction's projection
-    fills = ([True] if length % plan.span == 0 else []) + (
-        [False] if length % plan.span or count % ROWS else []
-    )
+
+    def fills(segments: int) -> list[bool]:
+        """Whether so many segments an image fill all rows, for the batches that there may be."""
+        whole = length % plan.span == 0
+        return [True] * whole + [False] * (not whole or segments % ROWS > 0)
+
     exact = dtype == "fp32"
+    apart = plan.apart and state == 1
     shape = f"{prefix}{dtype} C{channels} R{rank} N{state} L{length}"
     side = math.isqrt(length)
     straight = side % plan.span == 0
-    for full in fills:
-        common: dict[str, Any] = {
-            "C": channels,
-            "R": rank,
-            "N": state,
-            "RP": _power_of_two(rank),
-            "PITCH": pitch,
-            "PP": _power_of_two(pitch),
-            "SPAN": plan.span,
-            "STEPS": plan.steps,
-            "MIRROR": True,
-            "FULL": full,
-            "WIDE": False,
-            "STRAIGHT": straight,
-            "EXACT": exact,
-            "INTERPRET": False,
-            "PRECISION": "ieee" if exact else "tf32",
-            "CARRIED": count > 1,
-            "PAIRED": state == 1 and rank % 2 == 0 and DTYPES[dtype].itemsize == 2,
-        } | ({"S": 1} if count == 1 else {})
-        tail = "full" if full else "part"
-        if count > 1:
-            ends = common | {"STEPS": plan.walked, "CHANNELS": plan.ends}
-            chosen = options(plan, "ends")
-            yield _one(f"{shape} {tail}", ss2d_ends, dtype, ends, chosen)
-            yield _one(f"{shape} {tail}", ss2d_adjoint_ends, dtype, ends, chosen)
+    tails = {True: "full", False: "part"}
+    always: dict[str, Any] = {
+        "C": channels,
+        "R": rank,
+        "N": state,
+        "RP": _power_of_two(rank),
+        "PITCH": pitch,
+        "PP": _power_of_two(pitch),
+        "SPAN": plan.span,
+        "STEPS": plan.steps,
+        "MIRROR": True,
+        "WIDE": False,
+        "STRAIGHT": straight,
+        "EXACT": exact,
+        "INTERPRET": False,
+        "PRECISION": "ieee" if exact else "tf32",
+        "CARRIED": count > 1,
+        "PAIRED": state == 1 and rank % 2 == 0 and DTYPES[dtype].itemsize == 2,
+    } | ({"S": 1} if count == 1 else {})
+    for full in fills(count - 1) if count > 1 else []:
+        ends = always | {"STEPS": plan.walked, "CHANNELS": plan.ends, "FULL": full}
+        for kernel in (ss2d_ends, ss2d_adjoint_ends):
+            yield _one(f"{shape} {tails[full]}", kernel, dtype, ends, options(plan, "ends"))
+    for full in fills(count):
+        common, tail = always | {"FULL": full}, tails[full]
         for first in (True, False):
             axis = {"FIRST": first} | ({} if first else {"axis": 1})
             name = f"{shape} {tail} {'first' if first else 'second'}"
@@ -115,14 +141,29 @@ def configurations(
             for save in (True, False):
                 case = f"{name} {'training' if save else 'inference'}"
                 yield _one(case, ss2d_output, dtype, output | {"SAVE": save}, options(plan, "output"))
-            gradients = common | axis | {"CHANNELS": plan.gradients}
+            gradients = common | axis | {"CHANNELS": plan.gradients, "APART": apart}
+            gradients |= {"PP": 8} if apart else {}
             yield _one(name, ss2d_gradients, dtype, gradients, options(plan, "gradients"))
     blocks = -(-channels // plan.gradients)
-    summed = {"BLOCKS": blocks, "PITCH": pitch, "R": rank, "N": state, "TILE": _SUM_TILE}
-    yield _one(shape, ss2d_projected_sum, dtype, summed, {"num_warps": 4})
-    summed = {"C": channels, "R": rank, "N": state, **PARAMETER_TILE}
-    chosen = {"num_warps": summed.pop("num_warps")}
-    yield _one(shape, ss2d_parameter_sum, dtype, summed, chosen)
+    if apart:
+        product = always | PRODUCT_TILE
+        chosen = {"num_warps": product.pop("num_warps"), "STAGES": product.pop("STAGES")}
+        wide = {"PP": _power_of_two(pitch), "BLOCKS": blocks, "AT_ONCE": _BLOCKS_AT_ONCE}
+        yield _one(shape, ss2d_projected_product, dtype, product | wide, chosen)
+        group = {"RP": _power_of_two(rank + 1), "GROUP": _WEIGHT_GROUP}
+        yield _one(shape, ss2d_weight_product, dtype, product | group, chosen)
+    else:
+        summed = {"BLOCKS": blocks, "PITCH": pitch, "R": rank, "N": state, "TILE": _SUM_TILE}
+        yield _one(shape, ss2d_projected_sum, dtype, summed, {"num_warps": 4})
+    sizes = {"C": channels, "R": rank, "N": state, "PITCH": pitch}
+    for kernel, tile in (
+        (ss2d_parameter_sum, PARAMETER_TILE),
+        (ss2d_weights, WEIGHT_TILE),
+        (ss2d_weight_gradients, WEIGHT_TILE),
+    ):
+        chosen = dict(tile)
+        warps = {"num_warps": chosen.pop("num_warps")}
+        yield _one(shape, kernel, dtype, sizes | chosen, warps)
     if count > 1:
         yield from _carries(shape, channels, state, dtype, count)
 
@@ -146,7 +187,7 @@ def _one(
     chosen = dict(chosen)
     if "STAGES" in chosen:
         constants = constants | {"STAGES": chosen.pop("STAGES")}
-    constants = {name: value for name, value in constants.items() if name in names}
+    constants = {name: value for name, value in ({"EARLY": 0} | constants).items() if name in names}
     types = {name: _type(name, dtype, constants) for name in names if name not in constants}
     return f"{kernel.__name__} {case}", kernel, types, constants, chosen
 
@@ -158,6 +199,7 @@ def _type(name: str, dtype: str, constants: dict[str, Any]) -> str:
         return "*i32"
     if (
         name in FLOAT32
+        or (name == "p_dBC" and constants.get("APART", True))
         or (name in PARTIAL and constants["N"] > 1)
         or (name == "p_sum" and sum_is_wide(DTYPES[dtype], constants["N"]))
         or (name == "p_starts" and constants.get("CARRIED", True))

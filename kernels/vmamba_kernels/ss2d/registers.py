@@ -9,11 +9,26 @@ exchange between threads; splitting a tile by steps renames registers and moves 
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda.gdc import gdc_launch_dependents, gdc_wait
 
 from vmamba_kernels.exponents import LN2, LOG2E, exp2, log2, reciprocal, widen
 from vmamba_kernels.ss2d import tiles
 
 ROWS = tl.constexpr(tiles.ROWS)
+
+
+@triton.jit
+def overlap(EARLY: tl.constexpr):
+    """Wait for the kernel before, where this one began without it (EARLY 2), and let the next begin (1 and 2).
+
+    Programmatic dependent launch: a kernel's programs take the places that the last of the one before leave free, and
+    read weights and work out addresses until those are done. What is read before this call must be older than the
+    kernel before, and nothing may be written before it.
+    """
+    if EARLY == 2:
+        gdc_wait()
+    if EARLY > 0:
+        gdc_launch_dependents()
 
 
 @triton.jit
@@ -136,6 +151,17 @@ def nothing(
 
 
 @triton.jit
+def column(b_dt, i, RP: tl.constexpr, PRECISION: tl.constexpr):
+    """Return column i of what projected_rows loaded, a number for each row of a tile.
+
+    By a product with a matrix that is 1 in row i: every column of the result is the one that is wanted. Loaded by
+    itself its 4 bytes a row would be as many requests to L2 as a row of 64 bytes.
+    """
+    wanted = (tl.arange(0, RP) == i)[:, None] & (tl.arange(0, 8) >= 0)[None, :]
+    return tl.max(tl.dot(b_dt, tl.where(wanted, 1.0, 0.0).to(b_dt.dtype), input_precision=PRECISION), 1)
+
+
+@triton.jit
 def input_and_output(
     p_p, o_p, m_t, n, R: tl.constexpr, N: tl.constexpr, PAIRED: tl.constexpr, FULL: tl.constexpr
 ):
@@ -177,23 +203,19 @@ def skips(p_D, o_c, m_c, C: tl.constexpr):
 def begin(
     p_order, k, i_g, S, Q, L,
     SPAN: tl.constexpr, STEPS: tl.constexpr, MIRROR: tl.constexpr, WIDE: tl.constexpr, STRAIGHT: tl.constexpr,
+    LEFT: tl.constexpr = 0,
 ):  # fmt: skip
     """Return for each row of a first tile, rows 16 i_g ... 16 i_g + 15 of direction k, its origin, its way, and a mask.
 
     Origins are tokens among all images'. STRAIGHT: where the row begins, and the stride from one step to the next, the
     same for every segment. Else where its image begins, and the row's place in the table. With MIRROR, directions 2
     and 3 take the segments of an image from the last to the first, so that a program meets the same tokens in both
-    senses.
+    senses. LEFT as in which_segment.
     """
     o_m = tl.arange(0, STEPS * ROWS)
-    q = i_g * ROWS + o_m % ROWS
-    image = q // S
-    segment = q - image * S
-    if MIRROR:
-        segment = tl.where(k < 2, segment, S - 1 - segment)
+    image, segment, inside = which_segment(i_g * ROWS + o_m % ROWS, k, S, Q, MIRROR, LEFT)
     step = o_m // ROWS
     p_k = p_order + k * (S * SPAN)
-    inside = q < Q
     if WIDE:
         image = image.to(tl.int64)
     if STRAIGHT:
@@ -227,14 +249,30 @@ def place(
 
 
 @triton.jit
-def segments(i_g, k, S, Q, MIRROR: tl.constexpr):
+def segments(i_g, k, S, Q, MIRROR: tl.constexpr, LEFT: tl.constexpr = 0):
     """Return for each of 16 rows its index among all segments of direction k, in time, and a mask."""
-    q = i_g * ROWS + tl.arange(0, ROWS)
-    image = q // S
-    segment = q - image * S
-    if MIRROR:
-        segment = tl.where(k < 2, segment, S - 1 - segment)
-    return image * S + segment, q < Q
+    image, segment, inside = which_segment(i_g * ROWS + tl.arange(0, ROWS), k, S, Q, MIRROR, LEFT)
+    return image * S + segment, inside
+
+
+@triton.jit
+def which_segment(q, k, S, Q, MIRROR: tl.constexpr, LEFT: tl.constexpr):
+    """Return the image of row q, its segment of the S there, in time, and whether there is such a row.
+
+    LEFT leaves out a segment of each image, whose end nobody wants: 1 the last one, -1 the first.
+    """
+    if LEFT == 0:
+        image = q // S
+        segment = q - image * S
+        if MIRROR:
+            segment = tl.where(k < 2, segment, S - 1 - segment)
+        return image, segment, q < Q
+    else:
+        image = q // (S - 1)
+        segment = q - image * (S - 1)
+        if LEFT < 0:
+            segment += 1
+        return image, segment, q < Q - Q // S
 
 
 @triton.jit

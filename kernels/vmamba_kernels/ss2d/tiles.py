@@ -32,6 +32,9 @@ class Plan:
     depth of the loads' pipeline: where segments turn, addresses are loaded too, so that 5 is the least that loads a
     tile ahead; where they are straight, 3 loads two ahead. Registers cap what a thread may hold, for more warps at
     once; 0: no cap.
+
+    `apart`: the gradients keep dz, 4 elements for each of x, and what follows from it by products, the gradients of the
+    projected time steps and of their weights, is made afterwards; for one state. Else they make partial sums of these.
     """
 
     span: int = 28
@@ -48,6 +51,7 @@ class Plan:
     output_registers: int = 0
     gradients_registers: int = 0
     walked: int = 0
+    apart: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "walked", self.walked or self.steps)
@@ -87,7 +91,8 @@ def default_plan(channels: int, length: int, state: int, itemsize: int) -> Plan:
     """Return the plan of a shape that the table does not name, after what was measured for those that it does.
 
     Short sequences are cut shorter, or there are fewer programs than the device can hold; a span that divides the
-    length needs no masks. The gradients of 32 channels at once need registers for one step and a dt rank of 32.
+    length needs no masks. The gradients of 32 channels at once need registers for one step; those that multiply the
+    projection's too need them for a dt rank of 32 at most, a sixteenth of the channels.
     """
     wanted = 28 if length >= 56 * 28 else 14 if length >= 7 * 14 else 7
     steps = 2 if length >= 392 else 1
@@ -98,10 +103,15 @@ def default_plan(channels: int, length: int, state: int, itemsize: int) -> Plan:
     if itemsize > 2:
         return Plan(span, steps, ends=16, output=16, gradients=16, ends_stages=stages)
     found = Plan(span, steps, ends_stages=stages, output_stages=stages if steps == 1 else 5)
-    if steps == 1 and state == 1:
+    if state > 1:
+        return found
+    capped = 168 if channels <= 768 else 0  # beyond, what is capped spills
+    if steps == 1:
         walked = 2 if span % 2 == 0 else 1
-        wide = channels <= 512
-        return replace(found, walked=walked, gradients=32 if wide else 16, gradients_stages=6 if wide else 5)
+        found = replace(found, walked=walked, output_registers=capped, gradients=32, gradients_stages=6)
+    if channels > 512:
+        registers = capped if steps == 1 else 0
+        found = replace(found, apart=True, gradients_stages=stages, gradients_registers=registers)
     return found
 
 

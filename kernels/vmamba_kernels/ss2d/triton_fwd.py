@@ -11,16 +11,18 @@ launch and both senses in one program, so that no direction has a tensor of its 
 import triton
 import triton.language as tl
 
-from vmamba_kernels.exponents import exp2
+from vmamba_kernels.exponents import LN2, exp2
 from vmamba_kernels.scan.steps import follow
 from vmamba_kernels.ss2d.registers import (
     ROWS,
     begin,
     channel_order,
+    column,
     input_and_output,
     join_steps,
     neighbours,
     nothing,
+    overlap,
     place,
     projected_rows,
     read_product,
@@ -41,15 +43,17 @@ def ss2d_ends(
     p_x, p_p, p_w, p_bias, p_A, p_order, p_ends, p_decays, L, S, Q,
     C: tl.constexpr, R: tl.constexpr, N: tl.constexpr, PITCH: tl.constexpr, RP: tl.constexpr,
     SPAN: tl.constexpr, STEPS: tl.constexpr,
-    CHANNELS: tl.constexpr, MIRROR: tl.constexpr, FULL: tl.constexpr, WIDE: tl.constexpr,
+    CHANNELS: tl.constexpr, FULL: tl.constexpr, WIDE: tl.constexpr,
     STRAIGHT: tl.constexpr, EXACT: tl.constexpr,
     INTERPRET: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
-    PAIRED: tl.constexpr,
+    PAIRED: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """Walk each segment from zero: its end and its decay, the product of its steps', each (4, Q, N, C)."""
+    """Walk each segment but an image's last from zero: its end and its steps' decays' product, each (4, Q, N, C)."""
     BLOCKS: tl.constexpr = (C + CHANNELS - 1) // CHANNELS
     SURE: tl.constexpr = FULL and C % CHANNELS == 0
     PLAIN: tl.constexpr = EXACT or CHANNELS < 32
+    HELD: tl.constexpr = not EXACT and RP >= R + 2 * N  # what is loaded for the time steps has B and C too
+    overlap(EARLY)
     i_g, i_c, k = tl.program_id(0) // BLOCKS, tl.program_id(0) % BLOCKS, tl.program_id(1)
     o_c = i_c * CHANNELS + neighbours(CHANNELS, PLAIN)
     o_f = i_c * CHANNELS + channel_order(CHANNELS, PLAIN)
@@ -57,8 +61,8 @@ def ss2d_ends(
     m_c, m_f = o_c < C, o_f < C
     first, before = window(k, PITCH, RP)
     b_w, b_bias = weights(p_w, p_bias, k, o_r - before, o_f, m_f, C, R, INTERPRET)
-    row, m_row = segments(i_g, k, S, Q, MIRROR)
-    origin, way, inside = begin(p_order, k, i_g, S, Q, L, SPAN, STEPS, MIRROR, WIDE, STRAIGHT)
+    row, m_row = segments(i_g, k, S, Q, False, 1)
+    origin, way, inside = begin(p_order, k, i_g, S, Q, L, SPAN, STEPS, False, WIDE, STRAIGHT, 1)
     at = (k * Q + row).to(tl.int64)[:, None]
     m_out = m_row[:, None] & m_c[None, :]
     for n in range(N):
@@ -71,8 +75,11 @@ def ss2d_ends(
             o_x = at_t[:, None] * C + o_c[None, :]
             b_x = read_product(p_x + shift * C + o_x, m, SURE, STEPS * ROWS, CHANNELS, PLAIN, INTERPRET)
             p_t, o_p = p_p + shift * (4 * PITCH), at_t * (4 * PITCH)
-            b_B, _b_C = input_and_output(p_t + k * PITCH, o_p, m_t, n, R, N, PAIRED, FULL)
             b_dt = projected_rows(p_t + first, o_p, m_t, PITCH, RP, FULL, INTERPRET)
+            if HELD:
+                b_B = column(b_dt, before + R + n, RP, PRECISION) * LN2
+            else:
+                b_B, _b_C = input_and_output(p_t + k * PITCH, o_p, m_t, n, R, N, PAIRED, FULL)
             _z, b_d = time_steps(b_dt, m_t, b_w, b_bias, FULL, EXACT, INTERPRET, PRECISION)
             a = split_steps(exp2(b_d * b_A[None, :], not INTERPRET), STEPS, CHANNELS)
             u = split_steps(b_d * (b_B[:, None] * b_x), STEPS, CHANNELS)
@@ -88,7 +95,7 @@ def ss2d_ends(
 def ss2d_carry(
     p_ends, p_decays, p_starts, S, Q,
     C: tl.constexpr, N: tl.constexpr, CHANNELS: tl.constexpr, SEGMENTS: tl.constexpr, REVERSE: tl.constexpr,
-    STAGES: tl.constexpr,
+    STAGES: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Give each segment the state it starts with, (4, Q, N, C); REVERSE links from the last segment to the first.
 
@@ -102,6 +109,7 @@ def ss2d_carry(
     way = -1 if REVERSE else 1
     first = (k * Q + i_b * S + (S - 1 if REVERSE else 0)).to(tl.int64)
     state = tl.zeros((1, CHANNELS), tl.float32)
+    overlap(EARLY)
     tl.store(p_starts + (first * N + n) * C + o_c[None, :], state, mask=m_c[None, :])
     for s in tl.range(0, S - 1, SEGMENTS, num_stages=STAGES):
         m = (s + o_s < S - 1) & m_c[None, :]  # the last one's end is nobody's start
@@ -124,7 +132,7 @@ def ss2d_output(
     STRAIGHT: tl.constexpr, EXACT: tl.constexpr,
     INTERPRET: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, CARRIED: tl.constexpr, PAIRED: tl.constexpr,
     SAVE: tl.constexpr, EVERY: tl.constexpr,
-    FIRST: tl.constexpr,
+    FIRST: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Walk each segment from its start and add its share to a sum (Q / S, L, C); the last walk writes y.
 
@@ -137,6 +145,7 @@ def ss2d_output(
     BLOCKS: tl.constexpr = (C + CHANNELS - 1) // CHANNELS
     SURE: tl.constexpr = FULL and C % CHANNELS == 0
     PLAIN: tl.constexpr = EXACT or CHANNELS < 32
+    HELD: tl.constexpr = not EXACT and RP >= R + 2 * N  # what is loaded for the time steps has B and C too
     i_g, i_c = tl.program_id(0) // BLOCKS, tl.program_id(0) % BLOCKS
     o_c = i_c * CHANNELS + neighbours(CHANNELS, PLAIN)
     o_f = i_c * CHANNELS + channel_order(CHANNELS, PLAIN)
@@ -151,6 +160,8 @@ def ss2d_output(
         origin, way, inside = begin(p_order, k, i_g, S, Q, L, SPAN, STEPS, MIRROR, WIDE, STRAIGHT)
         at = (k * Q + row).to(tl.int64)[:, None]
         m_out = m_row[:, None] & m_c[None, :]
+        if sense == 0:
+            overlap(EARLY)
         for n in range(N):
             b_A = tl.load(p_A + (k * C + o_f) * N + n, mask=m_f, other=0.0)
             if CARRIED:
@@ -169,8 +180,12 @@ def ss2d_output(
                 o_x = at_t[:, None] * C + o_c[None, :]
                 b_x = read_product(p_x + at_x + o_x, m, SURE, STEPS * ROWS, CHANNELS, PLAIN, INTERPRET)
                 p_t, o_p = p_p + shift * (4 * PITCH), at_t * (4 * PITCH)
-                b_B, b_C = input_and_output(p_t + k * PITCH, o_p, m_t, n, R, N, PAIRED, FULL)
                 b_dt = projected_rows(p_t + first, o_p, m_t, PITCH, RP, FULL, INTERPRET)
+                if HELD:
+                    b_B = column(b_dt, before + R + n, RP, PRECISION) * LN2
+                    b_C = column(b_dt, before + R + N + n, RP, PRECISION)
+                else:
+                    b_B, b_C = input_and_output(p_t + k * PITCH, o_p, m_t, n, R, N, PAIRED, FULL)
                 _z, b_d = time_steps(b_dt, m_t, b_w, b_bias, FULL, EXACT, INTERPRET, PRECISION)
                 a = split_steps(exp2(b_d * b_A[None, :], not INTERPRET), STEPS, CHANNELS)
                 u = split_steps(b_d * (b_B[:, None] * b_x), STEPS, CHANNELS)
