@@ -743,6 +743,17 @@ def test_native_kernels_are_the_definition_at_every_length(size, state, dtype):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("channels", [96, 768], ids=["within", "apart"])
+def test_launches_that_overlap_change_no_bit(channels, monkeypatch):
+    """Twenty times against kernels each of which begins when the one before has ended."""
+    inputs = tensors(ImageShape(16, 28, 28, channels, channels // 16), torch.bfloat16)
+    overlapping = [outcome(inputs) for _ in range(20)]
+    monkeypatch.setattr(fused, "overlaps_launches", lambda device: False)
+    one_by_one = outcome(inputs)
+    assert {worst(found, one_by_one) for found in overlapping} == {0}
+
+
+@pytest.mark.gpu
 @pytest.mark.slow
 def test_more_than_2_31_elements():
     """The last image of a batch whose offsets pass 2**31 has the bits that it has alone."""
