@@ -74,7 +74,7 @@ class Problem:
         one = ImageShape(1, height, width, self.channels, self.rank, self.state).inputs()
         inner = self.rank + 2 * self.state
         one["projected"] = torch.nn.functional.pad(
-            one["projected"].unflatten(-1, (4, -1)), (0, -inner % 8)
+            one["projected"].unflatten(-1, (4, -1)), (0, tiles.padded(inner) - inner)
         ).flatten(-2)
         found = {}
         for name, t in one.items():
@@ -161,12 +161,11 @@ def times(inputs: dict[str, Tensor], plan: Plan, gpu: Gpu, samples: int) -> dict
     replaced = {name: Recorder(getattr(fused, name), launches[name]) for name in fused.KERNELS}
     with patch.multiple(fused, **replaced):
         run(inputs, plan)
-    calls = [partial(_repeat, launches[name]) for name in fused.KERNELS]
+    done = {name: some for name, some in launches.items() if some}  # a plan has no use for some of them
+    calls = [partial(_repeat, some) for some in done.values()]
     rows = [gpu.spans(calls) for _ in range(samples)]
-    return {
-        name: statistics.median(column)
-        for name, column in zip(fused.KERNELS, zip(*rows, strict=True), strict=True)
-    }
+    medians = [statistics.median(column) for column in zip(*rows, strict=True)]
+    return dict.fromkeys(fused.KERNELS, 0.0) | dict(zip(done, medians, strict=True))
 
 
 def _repeat(launches: list[Any]) -> None:

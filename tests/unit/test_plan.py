@@ -356,6 +356,8 @@ def test_scans_are_cut_as_the_kernels_cut_them() -> None:
     ]
     shapes += [key[1:] for key in pinned_plans()]
     assert len(shapes) > 80
+    repeated = activations.ROWS, activations.FEW_TOKENS, activations.WEIGHT_GROUP
+    assert repeated == (tiles.ROWS, fused._FEW_TOKENS, fused._WEIGHT_GROUP)
     for named_for in {"sm_80", "sm_90", *(key.generation for key in pinned_plans())}:
         for channels, length, state, element in shapes:
             named = pinned_plans().get(Key(named_for, channels, length, state, element))

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vmamba_dist.models.ss2d import LN_EPS, SS2D, LayerNorm
+from vmamba_dist.models.ss2d import LN_EPS, SS2D, LayerNorm, at_least_float32
 from vmamba_kernels import rows
 from vmamba_kernels.launch import own_code, unobserved
 from vmamba_kernels.ss2d.op import scan_backward, scan_forward, scan_weight_gradients, scan_weights
@@ -185,12 +185,8 @@ def _cast(weights: Weights, plan: Plan, x: Tensor) -> Weights:
         torch._foreach_copy_(narrow, wide)
     there = iter(narrow)
     cast = [t if t is None or t.dtype == dtype else next(there) for t in weights[CORE.stop :]]
-    whole = [_at_least_float32(t) for t in norms]
+    whole = [at_least_float32(t) for t in norms]
     return Weights(*whole, *made(_core_of(weights), plan, dtype), *cast)  # type: ignore[call-arg]
-
-
-def _at_least_float32(t: Tensor) -> Tensor:
-    return t.to(torch.promote_types(t.dtype, torch.float32))
 
 
 class Core(NamedTuple):
@@ -210,7 +206,7 @@ def _core_of(w: Weights) -> Core:
 def made(w: Core, plan: Plan, dtype: torch.dtype) -> Core:
     """Return what is computed with, of parameters."""
     x_proj, dt_proj, a = _ops(w.x_proj).scan_weights(w.x_proj, w.dt_proj, w.a, dtype, plan.backend)
-    return Core(x_proj, dt_proj, _at_least_float32(w.dt_bias), a, _at_least_float32(w.ds))
+    return Core(x_proj, dt_proj, at_least_float32(w.dt_bias), a, at_least_float32(w.ds))
 
 
 def _scan_inputs(w: Core) -> tuple[Tensor, Tensor, Tensor, Tensor]:

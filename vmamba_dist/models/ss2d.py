@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from vmamba_dist.models.variants import dt_rank
 from vmamba_kernels import resolve_backend, rows, selective_scan, ss2d_scan
+from vmamba_kernels.ss2d.tiles import padded
 
 K = 4
 LN_EPS = 1e-5
@@ -125,7 +126,7 @@ class SS2D(nn.Module):
         u_BHWD = self.conv2d(u_BHWD.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         u_BHWD = F.silu(u_BHWD)
         y_BHWD = self._cascade(u_BHWD) if self.scan_pattern == "cascade" else self._scan(u_BHWD)
-        y_BHWD = self.out_norm(_at_least_float32(y_BHWD)).to(u_BHWD.dtype)
+        y_BHWD = self.out_norm(at_least_float32(y_BHWD)).to(u_BHWD.dtype)
         if self.gate:
             y_BHWD = y_BHWD * F.silu(z_BHWD)
         out_BHWC: Tensor = self.out_proj(y_BHWD)
@@ -133,16 +134,17 @@ class SS2D(nn.Module):
 
     def _recurrence(self) -> tuple[Tensor, Tensor, Tensor]:
         """The time-step bias (4D), A (4D, N) and D (4D) of the scan, in float32 or wider."""
-        a_log, skip, bias = map(_at_least_float32, (self.A_logs, self.Ds, self.dt_projs_bias))
+        a_log, skip, bias = map(at_least_float32, (self.A_logs, self.Ds, self.dt_projs_bias))
         return bias, -torch.exp(a_log), skip
 
     def _aligned_x_proj(self, device: torch.device) -> Tensor:
         """The projection's weight; for the kernels with rows of zeros, so that each direction begins at 16 bytes."""
         width = self.dt_rank + 2 * self.d_state
-        if width % 8 == 0 or resolve_backend(self.scan_backend, device) == "torch":
+        filling = padded(width) - width
+        if filling == 0 or resolve_backend(self.scan_backend, device) == "torch":
             return self.x_proj_weight
         weight = self.x_proj_weight.view(K, width, self.inner)
-        return F.pad(weight, (0, 0, 0, -width % 8)).flatten(0, 1)
+        return F.pad(weight, (0, 0, 0, filling)).flatten(0, 1)
 
     def _scan(self, u_BHWD: Tensor) -> Tensor:
         projected = F.linear(u_BHWD, self._aligned_x_proj(u_BHWD.device))
@@ -167,7 +169,7 @@ class SS2D(nn.Module):
         return self._scan_lines(columns_BWHD, first=2).transpose(1, 2)
 
     def _plain_norm(self, x: Tensor) -> Tensor:
-        return F.layer_norm(_at_least_float32(x), (self.inner,), eps=LN_EPS).to(x.dtype)
+        return F.layer_norm(at_least_float32(x), (self.inner,), eps=LN_EPS).to(x.dtype)
 
     def _scan_lines(self, u_BGLD: Tensor, first: int) -> Tensor:
         """Scan the G lines of length L, each on its own, in direction `first` and backwards in the next.
@@ -200,5 +202,6 @@ class SS2D(nn.Module):
         return y_MKDL.sum(dim=1).transpose(1, 2).reshape(batch, lines, length, d)
 
 
-def _at_least_float32(x: Tensor) -> Tensor:
+def at_least_float32(x: Tensor) -> Tensor:
+    """x in float32 or the wider precision that it has."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vmamba_kernels.backend import interpreted, overlaps_launches
 from vmamba_kernels.launch import launch
-from vmamba_kernels.ss2d.tiles import ROWS, Plan, mirrored, plan_for, walk_table
+from vmamba_kernels.ss2d.tiles import ROWS, Plan, mirrored, padded, plan_for, walk_table
 from vmamba_kernels.ss2d.triton_bwd import (
     ss2d_adjoint_ends,
     ss2d_gradients,
@@ -23,7 +23,7 @@ from vmamba_kernels.ss2d.triton_bwd import (
     ss2d_weight_product,
 )
 from vmamba_kernels.ss2d.triton_fwd import ss2d_carry, ss2d_ends, ss2d_output
-from vmamba_kernels.ss2d.triton_weights import ss2d_weight_gradients, ss2d_weights
+from vmamba_kernels.ss2d.triton_weights import ss2d_weights
 
 # What is launched here, by its name.
 KERNELS = (
@@ -37,7 +37,6 @@ KERNELS = (
     "ss2d_weight_product",
     "ss2d_parameter_sum",
     "ss2d_weights",
-    "ss2d_weight_gradients",
 )
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 _CARRY_CHANNELS = 64
@@ -103,53 +102,46 @@ def empty_saved(x: Tensor, A: Tensor) -> Tensor:
     return x.new_empty(shape, dtype=torch.float32 if x.dtype == torch.float16 else x.dtype)
 
 
-def padded(width: int) -> int:
-    """Return the columns of a direction's projection with its filling: each direction's begin at 16 bytes."""
-    return -(-width // 8) * 8
-
-
 def weights(
     x_proj: Tensor, dt_proj: Tensor, a_logs: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return x_proj with rows of zeros (4*P, C) and dt_proj, both in dtype, and A = -exp(a_logs) in float32."""
-    channels, rank, state = x_proj.shape[1], dt_proj.shape[-1], a_logs.shape[1]
-    pitch = padded(rank + 2 * state)
-    found = (
-        x_proj.new_empty(4 * pitch, channels, dtype=dtype),
-        torch.empty_like(dt_proj, dtype=dtype, memory_format=torch.contiguous_format),
-        torch.empty_like(a_logs, dtype=torch.float32, memory_format=torch.contiguous_format),
-    )
-    given = (x_proj.contiguous(), dt_proj.contiguous(), a_logs.contiguous())
-    _launch_weights(ss2d_weights, given, found, (channels, rank, state, pitch))
-    return found
+    width = dt_proj.shape[-1] + 2 * a_logs.shape[1]
+    return _weights((x_proj, dt_proj, a_logs), None, (width, padded(width)), dtype)
 
 
 def weight_gradients(
     d_x_proj: Tensor, d_dt_proj: Tensor, d_A: Tensor, A: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of what weights was given, the first two in dtype, of those of what it returned."""
-    channels, rank, state = d_x_proj.shape[1], d_dt_proj.shape[-1], A.shape[1]
+    width = d_dt_proj.shape[-1] + 2 * A.shape[1]
+    return _weights((d_x_proj, d_dt_proj, d_A), A, (d_x_proj.shape[0] // 4, width), dtype)
+
+
+def _weights(
+    given: tuple[Tensor, Tensor, Tensor], A: Tensor | None, rows: tuple[int, int], dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Launch ss2d_weights: backward where it gets an A. `rows` of a direction there are, and come out."""
+    x_proj, dt_proj, a = (t.contiguous() for t in given)
     found = (
-        d_x_proj.new_empty(4 * (rank + 2 * state), channels, dtype=dtype),
-        torch.empty_like(d_dt_proj, dtype=dtype, memory_format=torch.contiguous_format),
-        torch.empty_like(d_A, memory_format=torch.contiguous_format),
+        torch.empty((4 * rows[1], x_proj.shape[1]), dtype=dtype, device=x_proj.device),
+        torch.empty_like(dt_proj, dtype=dtype),
+        torch.empty_like(a, dtype=torch.float32),
     )
-    given = (d_x_proj.contiguous(), d_dt_proj.contiguous(), d_A.contiguous(), A.contiguous())
-    sizes = (channels, rank, state, d_x_proj.shape[0] // 4)
-    _launch_weights(ss2d_weight_gradients, given, found, sizes)
-    return found
-
-
-def _launch_weights(
-    kernel: Any,
-    given: tuple[Tensor, ...],
-    found: tuple[Tensor, ...],
-    sizes: tuple[int, int, int, int],
-) -> None:
+    constants = {
+        "C": x_proj.shape[1],
+        "R": dt_proj.shape[-1],
+        "N": a.shape[1],
+        "FROM": rows[0],
+        "TO": rows[1],
+        "BACKWARD": A is not None,
+        **WEIGHT_TILE,
+    }
     programs = sum(-(-t.numel() // WEIGHT_TILE["TILE"]) for t in found)
-    with torch.cuda.device_of(found[0]):
-        constants = dict(zip(("C", "R", "N", "PITCH"), sizes, strict=True))
-        launch(kernel, (programs,), (*given, *found), constants | WEIGHT_TILE)
+    with torch.cuda.device_of(x_proj):
+        factor = a if A is None else A.contiguous()
+        launch(ss2d_weights, (programs,), (x_proj, dt_proj, a, factor, *found), constants)
+    return found
 
 
 class _Problem:
@@ -181,6 +173,7 @@ class _Problem:
         self.bias, self.A = dt_bias.float().contiguous(), A.float().contiguous()
         self.skip = D.float().contiguous()
         self.partial_dtype = torch.float32 if partial_is_wide(self.state, self.length) else x.dtype
+        self.mirror = {"MIRROR": mirrored(pattern)}
         exact = x.dtype == torch.float32
         self.constants: dict[str, Any] = {
             "C": self.channels,
@@ -190,7 +183,6 @@ class _Problem:
             "RP": _power_of_two(self.rank),
             "SPAN": self.plan.span,
             "STEPS": self.plan.steps,
-            "MIRROR": mirrored(pattern),
             "FULL": self.length % self.plan.span == 0 and self.rows % ROWS == 0,
             "WIDE": max(x.numel(), projected.numel()) >= 2**31,
             "STRAIGHT": straight,
@@ -211,11 +203,7 @@ class _Problem:
         }
         self.apart = self.plan.apart and self.state == 1
         self.product_constants = {
-            "C": self.channels,
-            "R": self.rank,
-            "PITCH": self.pitch,
-            "INTERPRET": self.constants["INTERPRET"],
-            "PRECISION": self.constants["PRECISION"],
+            **{name: self.constants[name] for name in ("C", "R", "PITCH", "INTERPRET", "PRECISION")},
             **PRODUCT_TILE,
         }
         self.inputs = (self.projected, self.weight, self.bias, self.A)
@@ -249,7 +237,6 @@ class _Problem:
         # An image's last segment hands nothing on: fewer rows, and whether they fill all programs is asked anew.
         wanted = self.rows - self.batch
         full = self.length % plan.span == 0 and wanted % ROWS == 0
-        constants = {name: c for name, c in self.constants.items() if name != "MIRROR"} | {"FULL": full}
         ends, decays, starts = (self.new(4, self.rows, self.state, self.channels) for _ in range(3))
         blocks = -(-self.channels // self.carry_constants["CHANNELS"])
         with torch.cuda.device_of(self.x):
@@ -257,8 +244,8 @@ class _Problem:
                 kernel,
                 (-(-wanted // ROWS) * -(-self.channels // plan.ends), 4),
                 (walked, *self.inputs, self.order, ends, decays, *self.sizes),
-                {**constants, "STEPS": plan.walked, "CHANNELS": plan.ends, **options(plan, "ends"),
-                 **self.early()},
+                {**self.constants, "FULL": full, "STEPS": plan.walked, "CHANNELS": plan.ends,
+                 **options(plan, "ends"), **self.early()},
             )  # fmt: skip
             launch(
                 ss2d_carry,
@@ -293,7 +280,7 @@ def forward(
                 ss2d_output,
                 (p.grid(p.plan.output),),
                 (p.x, *p.inputs, p.skip, p.order, begins, saved, total, y, *p.sizes, axis),
-                {**p.constants, "STEPS": p.plan.walked, "EVERY": p.plan.steps, "CHANNELS": p.plan.output,
+                {**p.constants, **p.mirror, "STEPS": p.plan.walked, "EVERY": p.plan.steps, "CHANNELS": p.plan.output,
                  "CARRIED": starts is not None, "SAVE": save,
                  "FIRST": axis == 0, **options(p.plan, "output"),
                  **p.early(follows=axis == 1 or starts is not None)},
@@ -340,7 +327,7 @@ def backward(
                 (p.grid(p.plan.gradients),),
                 (g, p.x, *p.inputs, p.skip, p.order, begins, saved, total, dx, dp, d_BC, d_weights, d_others,
                  *p.sizes, axis),
-                {**p.constants, "PP": 8 if apart else _power_of_two(p.pitch), "CHANNELS": p.plan.gradients,
+                {**p.constants, **p.mirror, "PP": 8 if apart else _power_of_two(p.pitch), "CHANNELS": p.plan.gradients,
                  "CARRIED": starts is not None, "FIRST": axis == 0, "APART": apart,
                  **options(p.plan, "gradients"), **p.early(follows=axis == 1 or starts is not None)},
             )  # fmt: skip

@@ -17,6 +17,7 @@ from vmamba_kernels.launch import custom_op
 from vmamba_kernels.scan.op import scan_flops
 from vmamba_kernels.ss2d import fast
 from vmamba_kernels.ss2d.order import PATTERNS
+from vmamba_kernels.ss2d.tiles import padded
 
 if importlib.util.find_spec("triton") is not None:
     from vmamba_kernels.ss2d import fused
@@ -216,7 +217,7 @@ def _(
     x_proj: Tensor, dt_proj: Tensor, a_logs: Tensor, dtype: torch.dtype, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     width = dt_proj.shape[-1] + 2 * a_logs.shape[1]
-    rows = 4 * (fused.padded(width) if backend == "triton" else width)
+    rows = 4 * (padded(width) if backend == "triton" else width)
     return (
         x_proj.new_empty(rows, x_proj.shape[1], dtype=dtype),
         dt_proj.new_empty(dt_proj.shape, dtype=dtype),

@@ -33,14 +33,14 @@ from vmamba_kernels.ss2d.triton_bwd import (
     ss2d_weight_product,
 )
 from vmamba_kernels.ss2d.triton_fwd import ss2d_carry, ss2d_ends, ss2d_output
-from vmamba_kernels.ss2d.triton_weights import ss2d_weight_gradients, ss2d_weights
+from vmamba_kernels.ss2d.triton_weights import ss2d_weights
 
 Configuration = tuple[str, Any, dict[str, str], dict[str, Any], dict[str, int]]
 # Channels, dt rank and length of VMamba-T's stages at 224 pixels.
 STAGES = ((96, 6, 3136), (192, 12, 784), (384, 24, 196), (768, 48, 49))
-PARAMETERS = ("p_projection", "p_dt", "p_logs")
 FLOAT32 = (
-    *PARAMETERS,
+    "p_a",
+    "p_new_a",
     "p_bias",
     "p_A",
     "p_D",
@@ -97,7 +97,8 @@ def configurations(
 ) -> Iterator[Configuration]:
     """Yield each kernel of one shape, in training and in inference, for batches that fill the last tile and do not."""
     count = -(-length // plan.span)
-    pitch = -(-(rank + 2 * state) // 8) * 8  # as the models pad a direction's projection
+    width = rank + 2 * state
+    pitch = tiles.padded(width)
 
     def fills(segments: int) -> list[bool]:
         """Whether so many segments an image fill all rows, for the batches that there may be."""
@@ -155,15 +156,12 @@ def configurations(
     else:
         summed = {"BLOCKS": blocks, "PITCH": pitch, "R": rank, "N": state, "TILE": _SUM_TILE}
         yield _one(shape, ss2d_projected_sum, dtype, summed, {"num_warps": 4})
-    sizes = {"C": channels, "R": rank, "N": state, "PITCH": pitch}
-    for kernel, tile in (
-        (ss2d_parameter_sum, PARAMETER_TILE),
-        (ss2d_weights, WEIGHT_TILE),
-        (ss2d_weight_gradients, WEIGHT_TILE),
-    ):
-        chosen = dict(tile)
-        warps = {"num_warps": chosen.pop("num_warps")}
-        yield _one(shape, kernel, dtype, sizes | chosen, warps)
+    sizes = {"C": channels, "R": rank, "N": state}
+    summed = sizes | PARAMETER_TILE
+    yield _one(shape, ss2d_parameter_sum, dtype, summed, {"num_warps": summed.pop("num_warps")})
+    for case, there, comes in (("forward", width, pitch), ("backward", pitch, width)):
+        made = sizes | {"FROM": there, "TO": comes, "BACKWARD": case == "backward"} | WEIGHT_TILE
+        yield _one(f"{shape} {case}", ss2d_weights, dtype, made, {"num_warps": made.pop("num_warps")})
     if count > 1:
         yield from _carries(shape, channels, state, dtype, count)
 
@@ -197,8 +195,10 @@ def _type(name: str, dtype: str, constants: dict[str, Any]) -> str:
         return "i32"
     if name == "p_order":
         return "*i32"
+    parameters = ("p_new_rows", "p_new_dt") if constants.get("BACKWARD") else ("p_rows", "p_dt")
     if (
         name in FLOAT32
+        or name in parameters
         or (name == "p_dBC" and constants.get("APART", True))
         or (name in PARTIAL and constants["N"] > 1)
         or (name == "p_sum" and sum_is_wide(DTYPES[dtype], constants["N"]))

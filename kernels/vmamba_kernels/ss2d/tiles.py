@@ -91,8 +91,8 @@ def default_plan(channels: int, length: int, state: int, itemsize: int) -> Plan:
     """Return the plan of a shape that the table does not name, after what was measured for those that it does.
 
     Short sequences are cut shorter, or there are fewer programs than the device can hold; a span that divides the
-    length needs no masks. The gradients of 32 channels at once need registers for one step; those that multiply the
-    projection's too need them for a dt rank of 32 at most, a sixteenth of the channels.
+    length needs no masks. The gradients of 32 channels at once have registers for tiles of one step. Within the walk
+    their products need more with the dt rank, a sixteenth of the channels: from 512 on these come apart.
     """
     wanted = 28 if length >= 56 * 28 else 14 if length >= 7 * 14 else 7
     steps = 2 if length >= 392 else 1
@@ -113,6 +113,11 @@ def default_plan(channels: int, length: int, state: int, itemsize: int) -> Plan:
         registers = capped if steps == 1 else 0
         found = replace(found, apart=True, gradients_stages=stages, gradients_registers=registers)
     return found
+
+
+def padded(width: int) -> int:
+    """Return the columns of a direction's projection with its filling: so that each direction's begin at 16 bytes."""
+    return -(-width // 8) * 8
 
 
 def plan_for(x: Tensor, state: int) -> Plan:

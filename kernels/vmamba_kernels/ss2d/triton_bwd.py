@@ -166,8 +166,11 @@ def ss2d_gradients(
             overlap(EARLY)
         for n in range(N):
             # One-hot columns: products with them are sums over channels, put where the gradients of B and C belong.
-            to_B = tl.where((o_pf == R + n)[None, :] & (o_part[0] >= 0)[:, None], 1.0, 0.0).to(operand)
-            to_C = tl.where((o_pf == R + N + n)[None, :] & (o_part[0] >= 0)[:, None], 1.0, 0.0).to(operand)
+            if not APART:
+                to_B = tl.where((o_pf == R + n)[None, :] & (o_part[0] >= 0)[:, None], 1.0, 0.0).to(operand)
+                to_C = tl.where((o_pf == R + N + n)[None, :] & (o_part[0] >= 0)[:, None], 1.0, 0.0).to(
+                    operand
+                )
             if CARRIED:
                 b_mu = tl.load(p_starts + (at * N + n) * C + o_c[None, :], mask=m_out, other=0.0)
                 b_mu = to_product(b_mu, ROWS, CHANNELS, PLAIN)

@@ -1,10 +1,6 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 # mypy: disable-error-code="assignment, var-annotated"
-"""The scan's weights as its kernels read them, of a model's parameters, and back: one launch each for what is seven.
-
-K = 4 directions of C channels, dt rank R, N states; a direction's projection has WIDTH = R + 2 N rows, and PITCH with
-its filling.
-"""
+"""The scan's weights as its kernels read them, of a model's parameters, and back: one launch for what is seven."""
 
 import triton
 import triton.language as tl
@@ -12,57 +8,33 @@ import triton.language as tl
 
 @triton.jit
 def ss2d_weights(
-    p_projection, p_dt, p_logs, p_padded, p_cast, p_A,
-    C: tl.constexpr, R: tl.constexpr, N: tl.constexpr, PITCH: tl.constexpr, TILE: tl.constexpr,
+    p_rows, p_dt, p_a, p_A, p_new_rows, p_new_dt, p_new_a,
+    C: tl.constexpr, R: tl.constexpr, N: tl.constexpr, FROM: tl.constexpr, TO: tl.constexpr, TILE: tl.constexpr,
+    BACKWARD: tl.constexpr,
 ):  # fmt: skip
-    """Write the projection (4, WIDTH, C) with its filling (4, PITCH, C), dt (4, C, R), and A = -exp(logs)."""
-    WIDTH: tl.constexpr = R + 2 * N
-    PADDED: tl.constexpr = (4 * PITCH * C + TILE - 1) // TILE
-    CAST: tl.constexpr = (4 * C * R + TILE - 1) // TILE
+    """Copy a projection's rows (4, FROM, C) to (4, TO, C), what is more being zeros, and dt (4, C, R), in new types.
+
+    And make of a (4, C, N), the logarithms of -A, A itself, or where BACKWARD of a, A's gradient, theirs: a A.
+    """
+    LEAST: tl.constexpr = FROM if FROM < TO else TO
+    ROWS: tl.constexpr = 4 * TO * C
+    DT: tl.constexpr = 4 * C * R
+    ROW_TILES: tl.constexpr = (ROWS + TILE - 1) // TILE
+    DT_TILES: tl.constexpr = (DT + TILE - 1) // TILE
     i = tl.program_id(0)
-    if i < PADDED:
-        o = i * TILE + tl.arange(0, TILE)
-        row = o // C
-        k, r = row // PITCH, row % PITCH
-        m = (o < 4 * PITCH * C) & (r < WIDTH)
-        rows = tl.load(p_projection + (k * WIDTH + r) * C + o % C, mask=m, other=0.0)
-        tl.store(p_padded + o, rows.to(p_padded.dtype.element_ty), mask=o < 4 * PITCH * C)
-    elif i < PADDED + CAST:
-        o = (i - PADDED) * TILE + tl.arange(0, TILE)
-        copy(p_dt, p_cast, o, o < 4 * C * R)
+    o_tile = tl.arange(0, TILE)
+    if i < ROW_TILES:
+        o = i * TILE + o_tile
+        k, r = o // C // TO, o // C % TO
+        rows = tl.load(p_rows + (k * FROM + r) * C + o % C, mask=(o < ROWS) & (r < LEAST), other=0.0)
+        tl.store(p_new_rows + o, rows.to(p_new_rows.dtype.element_ty), mask=o < ROWS)
+    elif i < ROW_TILES + DT_TILES:
+        o = (i - ROW_TILES) * TILE + o_tile
+        dt = tl.load(p_dt + o, mask=o < DT, other=0.0)
+        tl.store(p_new_dt + o, dt.to(p_new_dt.dtype.element_ty), mask=o < DT)
     else:
-        o = (i - PADDED - CAST) * TILE + tl.arange(0, TILE)
-        logs = tl.load(p_logs + o, mask=o < 4 * C * N, other=0.0).to(tl.float32)
-        tl.store(p_A + o, -tl.exp(logs), mask=o < 4 * C * N)
-
-
-@triton.jit
-def copy(p_from, p_to, o, m):
-    """Copy what the mask allows, in the type of where it goes."""
-    tl.store(p_to + o, tl.load(p_from + o, mask=m, other=0.0).to(p_to.dtype.element_ty), mask=m)
-
-
-@triton.jit
-def ss2d_weight_gradients(
-    p_padded, p_cast, p_dA, p_A, p_projection, p_dt, p_logs,
-    C: tl.constexpr, R: tl.constexpr, N: tl.constexpr, PITCH: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
-    """Undo ss2d_weights for their gradients: the rows that are not filling, dt's, and dA A."""
-    WIDTH: tl.constexpr = R + 2 * N
-    OWN: tl.constexpr = (4 * WIDTH * C + TILE - 1) // TILE
-    CAST: tl.constexpr = (4 * C * R + TILE - 1) // TILE
-    i = tl.program_id(0)
-    if i < OWN:
-        o = i * TILE + tl.arange(0, TILE)
-        row = o // C
-        k, r = row // WIDTH, row % WIDTH
-        rows = tl.load(p_padded + (k * PITCH + r) * C + o % C, mask=o < 4 * WIDTH * C, other=0.0)
-        tl.store(p_projection + o, rows.to(p_projection.dtype.element_ty), mask=o < 4 * WIDTH * C)
-    elif i < OWN + CAST:
-        o = (i - OWN) * TILE + tl.arange(0, TILE)
-        copy(p_cast, p_dt, o, o < 4 * C * R)
-    else:
-        o = (i - OWN - CAST) * TILE + tl.arange(0, TILE)
+        o = (i - ROW_TILES - DT_TILES) * TILE + o_tile
         m = o < 4 * C * N
-        logs = tl.load(p_dA + o, mask=m, other=0.0) * tl.load(p_A + o, mask=m, other=0.0)
-        tl.store(p_logs + o, logs.to(p_logs.dtype.element_ty), mask=m)
+        a = tl.load(p_a + o, mask=m, other=0.0).to(tl.float32)
+        new = a * tl.load(p_A + o, mask=m, other=0.0) if BACKWARD else -tl.exp(a)
+        tl.store(p_new_a + o, new.to(p_new_a.dtype.element_ty), mask=m)
