@@ -92,7 +92,7 @@ def default_plan(channels: int, length: int, state: int, itemsize: int) -> Plan:
 
     Short sequences are cut shorter, or there are fewer programs than the device can hold; a span that divides the
     length needs no masks. The gradients of 32 channels at once have registers for tiles of one step. Within the walk
-    their products need more with the dt rank, a sixteenth of the channels: from 512 on these come apart.
+    their products need more with the dt rank, a sixteenth of the channels: beyond 512 these come apart.
     """
     wanted = 28 if length >= 56 * 28 else 14 if length >= 7 * 14 else 7
     steps = 2 if length >= 392 else 1
